@@ -1,0 +1,35 @@
+"""See a frozen model as a named graph, splice trainable adapters into it, check it, draw it, compile it, train it."""
+
+from .adapter import Adapter
+from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
+from .graph import Diff, Graph
+from .layers import *  # noqa: F403
+from .layers.calls import __all__ as _layers
+from .methods import Bottleneck
+from .node import Node
+from .select import Selection
+from .sites import detach, graph_of
+from .surgery import Site
+from .trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "BadSplice",
+    "Bottleneck",
+    "Diff",
+    "DuplicateName",
+    "Graph",
+    "GraphError",
+    "Node",
+    "Selection",
+    "ShapeMismatch",
+    "Site",
+    "StateMismatch",
+    "UnknownNode",
+    "detach",
+    "graph_of",
+    "trace",
+    *_layers,
+]

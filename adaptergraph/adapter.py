@@ -1,0 +1,216 @@
+"""`Adapter`: Edifice's module, call for call. The bottleneck of Houlsby et al. 2019, section 2.1. Floor 3."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from . import layers
+from .errors import GraphError, ShapeMismatch, here, suggestion
+from .graph import Graph
+from .layers.calls import check_rate
+from .layers.table import check_activation
+from .names import check_name
+from .node import Node, format_shape
+
+# how `down` and `up` start: names of initializers, or the deviation of a normal distribution
+INITS: dict[str, tuple[Any, Any]] = {"zeros": (None, "zeros"), "normal": (0.02, 1e-3)}
+
+
+class Adapter:
+    """Bottleneck adapters as Edifice writes them.
+
+    `up` starts at zero, so a fresh adapter is the identity. Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
+    """
+
+    @staticmethod
+    def build(hidden_size: int, bottleneck_size: int = 64, activation: str = "relu", name: str = "adapter") -> Graph:
+        """An adapter as a graph of its own: input `"input"` of shape `batch × hidden_size`, output of the same shape.
+
+        >>> import adaptergraph as ag
+        >>> list(ag.Adapter.build(768, 64))
+        ['input', 'adapter.down', 'adapter.act', 'adapter.up', 'adapter.residual']
+        """
+        x = layers.input("input", shape=("batch", check_size(hidden_size, "hidden_size")))
+        return Graph(Adapter.wrap(x, bottleneck_size=bottleneck_size, activation=activation, name=name))
+
+    @staticmethod
+    def wrap(
+        layer_output: Node,
+        *,
+        hidden_size: int | None = None,
+        bottleneck_size: int = 64,
+        activation: str = "relu",
+        name: str = "adapter",
+        **options: Any,
+    ) -> Node:
+        """The adapted node: `x + up(act(down(x)))` with x = `layer_output`.
+
+        Args:
+            layer_output: the node to adapt, `… × hidden`.
+            hidden_size: may be left out, it is known; a wrong one is an error, never a broadcast.
+            bottleneck_size: features between `down` and `up`.
+            activation: name of an activation.
+            name: the nodes are `name.down`, `name.act`, `name.up`, `name.residual`.
+            options: as for `adapter_block`.
+
+        Raises:
+            ShapeMismatch: `hidden_size` is not the size of the layer.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 768))
+        >>> layer = ag.dense(x, 768, name="pretrained_layer")
+        >>> ag.Adapter.wrap(layer, hidden_size=768, bottleneck_size=64)
+        <adapter.residual: add batch × 768>
+        """
+        return bottleneck(
+            layer_output,
+            hidden_size,
+            bottleneck_size,
+            activation=activation,
+            prefix=check_name(name, here()),
+            **options,
+        )
+
+    @staticmethod
+    def adapter_block(
+        input: Node,
+        hidden_size: int,
+        *,
+        bottleneck_size: int = 64,
+        activation: str = "relu",
+        name: str = "adapter",
+        **options: Any,
+    ) -> Node:
+        """The same as `wrap`, with the size said.
+
+        Args:
+            options: `dropout=0.0` after the activation; `scale=1.0`, a number or `"learned"` (one parameter that
+                starts at one); `init="zeros"` or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero);
+                `residual=True`; `layer_norm=None`, `"before"` or `"after"`.
+        """
+        return Adapter.wrap(
+            input,
+            hidden_size=hidden_size,
+            bottleneck_size=bottleneck_size,
+            activation=activation,
+            name=name,
+            **options,
+        )
+
+    @staticmethod
+    def output_size(hidden_size: int) -> int:
+        """The size an adapter gives for this size: the same.
+
+        >>> Adapter.output_size(768)
+        768
+        """
+        return check_size(hidden_size, "hidden_size")
+
+
+def bottleneck(
+    x: Node,
+    hidden_size: int | None,
+    size: int,
+    *,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    scale: float | str = 1.0,
+    init: str = "zeros",
+    residual: bool = True,
+    layer_norm: str | None = None,
+    prefix: str = "",
+    **unknown: Any,
+) -> Node:
+    """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`."""
+    if unknown:
+        word = next(iter(unknown))
+        known = ("activation", "dropout", "scale", "init", "residual", "layer_norm", "hidden_size", "bottleneck_size")
+        raise GraphError(f"an adapter has no option {word!r}", source=here(), hint=suggestion(word, known))
+    hidden = _hidden(x, hidden_size, prefix)
+    check_size(size, "bottleneck_size")
+    check_activation(activation)
+    check_rate(dropout)
+    check_choices(scale=scale, init=init, residual=residual, layer_norm=layer_norm)
+    down_init, up_init = INITS[init]
+    bias_init = "zeros" if init == "normal" else None
+
+    def called(part: str) -> str:
+        return f"{prefix}.{part}" if prefix else part
+
+    h = layers.layer_norm(x, name=called("norm")) if layer_norm == "before" else x
+    h = layers.dense(h, size, weight_init=down_init, bias_init=bias_init, name=called("down"))
+    h = layers.activation(h, activation, name=called("act"))
+    if dropout:
+        h = layers.dropout(h, rate=dropout, name=called("dropout"))
+    h = layers.dense(h, hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
+    if scale == "learned":
+        h = layers.multiply([h, layers.param(called("scale"), (1,), init="ones")], name=called("scaled"))
+    elif scale != 1.0:
+        h = layers.multiply([h, layers.constant(float(scale), name=called("factor"))], name=called("scaled"))
+    if layer_norm == "after":
+        h = layers.layer_norm(h, name=called("norm"))
+    if residual:
+        h = layers.add([x, h], name=called("residual"))
+    return _in_body(h, x, prefix)
+
+
+def _in_body(node: Node, outside: Node, body: str) -> Node:
+    """The same nodes, marked as one body."""
+    if not body or node is outside:
+        return node
+    inputs = tuple(_in_body(i, outside, body) if i is not outside else i for i in node.inputs)
+    return replace(node, inputs=inputs, body=body)
+
+
+def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
+    if not isinstance(x, Node):
+        raise GraphError(f"an adapter wraps a node, not {x!r}", source=here())
+    known = x.shape[-1] if x.shape else None
+    if hidden_size is not None:
+        check_size(hidden_size, "hidden_size")
+    if not isinstance(known, int):
+        raise ShapeMismatch(
+            f"an adapter needs a layer whose last size is known; {x.name or x.op!r} gives {format_shape(x.shape)}",
+            node=x.name,
+            source=here(),
+        )
+    if hidden_size is not None and hidden_size != known:
+        body = prefix or "adapter"
+        raise ShapeMismatch(
+            f"body {body!r} does not fit its host",
+            node=x.name,
+            sides=[
+                ("host", x.name or x.op, format_shape(x.shape)),
+                (
+                    "body",
+                    f"{body}.up",
+                    format_shape((*(x.shape or ())[:-1], hidden_size)),
+                    f"(hidden_size={hidden_size})",
+                ),
+            ],
+            source=here(),
+            hint=f"leave hidden_size out, or set it to {known}",
+        )
+    return known
+
+
+def check_size(value: Any, what: str) -> int:
+    """A positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise GraphError(f"{what} is a positive whole number, not {value!r}", source=here())
+    return value
+
+
+def check_choices(*, scale: Any, init: Any, residual: Any, layer_norm: Any) -> None:
+    """The options that are one of a few words."""
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number and scale != "learned":
+        raise GraphError(f"scale is a number or 'learned', not {scale!r}", source=here())
+    if init not in INITS:
+        hint = suggestion(init, INITS) if isinstance(init, str) else None
+        raise GraphError(f"unknown init {init!r}", source=here(), hint=hint)
+    if not isinstance(residual, bool):
+        raise GraphError(f"residual is True or False, not {residual!r}", source=here())
+    if layer_norm not in (None, "before", "after"):
+        raise GraphError(f"layer_norm is None, 'before' or 'after', not {layer_norm!r}", source=here())

@@ -1,0 +1,59 @@
+"""`graph.compile()`: one meaning, two ways to run. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import GraphError, here
+from .graph import Graph
+from .lower import lower
+from .sites import attach, check_host
+from .state import load_values, shared_copy
+
+
+def compile_graph(
+    graph: Graph,
+    host: nn.Module | None,
+    *,
+    inplace: bool,
+    seed: int,
+    state: Mapping[str, Tensor] | None,
+    device: Any,
+    dtype: Any,
+) -> nn.Module:
+    """See `Graph.compile`."""
+    model = (
+        _hosted(graph, host, inplace, seed, device, dtype)
+        if graph.imported
+        else _declared(graph, host, inplace, seed, device, dtype)
+    )
+    if state is not None:
+        load_values(model, state, "state")
+    return model
+
+
+def _declared(graph: Graph, host: Any, inplace: bool, seed: int, device: Any, dtype: Any) -> nn.Module:
+    if host is not None or inplace:
+        raise GraphError("a declared graph has no host to attach to", source=here(), hint="graph.compile()")
+    return lower(graph, seed=seed, device=device, dtype=dtype)
+
+
+def _hosted(graph: Graph, host: Any, inplace: bool, seed: int, device: Any, dtype: Any) -> nn.Module:
+    assert graph.imported is not None
+    model = host if host is not None else graph.imported.host
+    if model is None:
+        raise GraphError(
+            f"this graph came from a file: it says what {graph.imported.cls} is, but has none",
+            source=here(),
+            hint="give it the model: graph.compile(model)",
+        )
+    check_host(model, graph)
+    if not inplace:
+        tied = graph.imported.tied
+        names = {n: graph.trained[tied.get(n, n)] for n, _ in model.named_parameters(remove_duplicate=False)}
+        model = shared_copy(model, names)
+    attach(model, graph, seed=seed, keep=inplace, device=device, dtype=dtype)
+    return model

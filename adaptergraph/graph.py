@@ -1,0 +1,620 @@
+"""The graph: an ordered table of named nodes, what is added to it, and what of it is trained. Immutable.
+
+Floor 1: knows names and edges. Shapes come with the nodes (floor 2); running it is the business of floor 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from .errors import DuplicateName, GraphError, Source, UnknownNode, here
+from .names import check_name
+from .node import EMPTY, Node, Param
+from .select import Selection, Selector, match, no_match
+
+if TYPE_CHECKING:
+    import networkx
+    import torch
+
+    from .imported import Imported
+
+Outputs: TypeAlias = "str | tuple[str, ...] | dict[str, str]"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What was added at one site: the nodes called `name.…`, between the value they replace and the value they make.
+
+    Attributes:
+        name: `<host>.<name>`, where its modules live.
+        host: the node or container it was added at.
+        where: `"after"` (replaces the output) or `"around"` (sees the input too, replaces the output).
+        calls: for each call of the host, the value that was replaced and the value that replaces it.
+    """
+
+    name: str
+    host: str
+    where: str
+    calls: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """One call of `graph.splice`, as asked for: what a file stores, and what `unsplice` undoes."""
+
+    at: Any
+    method: Any
+    name: str
+    where: str
+    hosts: tuple[str, ...]
+
+
+class Diff(NamedTuple):
+    """What another graph has that this one has not, and the other way round."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    rewired: tuple[str, ...]
+
+
+class Graph:
+    """A validated graph of named nodes; what every verb of this library starts from.
+
+    Args:
+        outputs: the node the graph computes, or a list or dict of nodes.
+
+    Raises:
+        DuplicateName: two different nodes have one name.
+        GraphError: something else that cannot be right; the message names the node.
+
+    >>> import adaptergraph as ag
+    >>> x = ag.input("x", shape=("batch", 8))
+    >>> graph = ag.Graph(ag.relu(ag.dense(x, 4)))
+    >>> list(graph)
+    ['x', 'dense_0', 'relu_0']
+    >>> graph["dense_0"]
+    <dense_0: dense batch × 4>
+    """
+
+    _nodes: dict[str, Node]
+    outputs: Outputs
+    bodies: Mapping[str, Body]
+    splices: tuple[Splice, ...]
+    imported: Imported | None
+    _overrides: Mapping[str, bool]
+
+    def __init__(self, outputs: Node | Sequence[Node] | Mapping[str, Node]) -> None:
+        from .collect import collect
+
+        self._fill(**collect(outputs))
+        self.check()
+
+    @classmethod
+    def _of(cls, **fields: Any) -> Graph:
+        graph = cls.__new__(cls)
+        graph._fill(**fields)
+        return graph
+
+    def _fill(
+        self,
+        nodes: dict[str, Node],
+        outputs: Outputs,
+        bodies: Mapping[str, Body] = EMPTY,
+        splices: tuple[Splice, ...] = (),
+        imported: Imported | None = None,
+        overrides: Mapping[str, bool] = EMPTY,
+    ) -> None:
+        self._nodes = nodes
+        self.outputs = outputs
+        self.bodies = MappingProxyType(dict(bodies))
+        self.splices = splices
+        self.imported = imported
+        self._overrides = MappingProxyType(dict(overrides))
+
+    def _with(self, **changes: Any) -> Graph:
+        fields: dict[str, Any] = {
+            "nodes": self._nodes,
+            "outputs": self.outputs,
+            "bodies": self.bodies,
+            "splices": self.splices,
+            "imported": self.imported,
+            "overrides": self._overrides,
+        }
+        graph = Graph._of(**{**fields, **changes})
+        graph.check()
+        return graph
+
+    # ------------------------------------------------------------------ reading
+
+    def __getitem__(self, name: str) -> Node:
+        if name in self._nodes:
+            return replace(self._nodes[name], graph=self)
+        raise no_match(str(name), self.selectable)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._nodes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def nodes(self) -> Iterator[Node]:
+        """The nodes in topological order, their inputs as names."""
+        return iter(self._nodes.values())
+
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the output nodes, whatever structure they are returned in."""
+        if isinstance(self.outputs, str):
+            return (self.outputs,)
+        return tuple(self.outputs.values() if isinstance(self.outputs, dict) else self.outputs)
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Node]:
+        """The input nodes by name, in the order of the compiled `forward`'s arguments."""
+        return MappingProxyType({n: node for n, node in self._nodes.items() if node.op == "input"})
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[str, ...]]:
+        """For each node the nodes that read it."""
+        readers: dict[str, list[str]] = {name: [] for name in self._nodes}
+        for name, node in self._nodes.items():
+            for value in dict.fromkeys(node.inputs):
+                readers[value].append(name)
+        return MappingProxyType({name: tuple(r) for name, r in readers.items()})
+
+    @cached_property
+    def selectable(self) -> tuple[str, ...]:
+        """Every name a selector can reach: nodes, and the modules and containers of an imported model."""
+        names = dict.fromkeys(self._nodes)
+        if self.imported is not None:
+            names.update(dict.fromkeys(p for p in self.imported.modules if p))
+        else:
+            names.update(dict.fromkeys(self._containers))
+        return tuple(names)
+
+    @cached_property
+    def _containers(self) -> dict[str, str]:
+        """Declared groups with one way out (`layer` for `layer.norm1`, `layer.norm2`) and the node that leaves."""
+        exits: dict[str, dict[str, None]] = {}
+        for name, node in self._nodes.items():
+            if node.body is not None:
+                continue
+            readers = self.consumers[name] or ("",)
+            if name in self.output_names():
+                readers = (*readers, "")
+            for prefix in _prefixes(name):
+                if any(not (r + ".").startswith(prefix + ".") for r in readers):
+                    exits.setdefault(prefix, {})[name] = None
+        return {p: next(iter(out)) for p, out in exits.items() if len(out) == 1 and p not in self._nodes}
+
+    def output_of(self, name: str) -> Node:
+        """The node whose value a name stands for: itself, or what a module or container returns."""
+        if name in self._nodes:
+            return self[name]
+        return self[self.calls_of(name)[0]]
+
+    def calls_of(self, name: str) -> tuple[str, ...]:
+        """The values a host returns, one for each call; empty for a module that is never called."""
+        if self.imported is not None and name in self.imported.modules:
+            return tuple(call.output for call in self.imported.modules[name].calls if call.output)
+        if name in self._nodes:
+            return (name,)
+        if name in self._containers:
+            return (self._containers[name],)
+        raise no_match(name, self.selectable)
+
+    def op_of(self, name: str) -> str:
+        """What a node or module is: its op, or the class of an imported module."""
+        if self.imported is not None and name in self.imported.modules:
+            return self.imported.modules[name].cls
+        return self._nodes[name].op if name in self._nodes else "block"
+
+    def select(self, at: Selector) -> Selection:
+        """The nodes, modules and containers that a selector means, in topological order.
+
+        `*` matches within one dotted segment, `**` any number of segments, `{query,value}` alternatives, `{0..11}` or
+        `[0-5]` a range of numbers; a predicate on nodes; or a list of these. Only a pattern with `/` reaches operations
+        inside a forward.
+
+        Raises:
+            UnknownNode: a pattern, or one entry of a list, matches nothing; the nearest names are in the message.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> ag.Graph(ag.relu(ag.dense(x, 8, name="head.fc"))).select("**.fc")
+        <Selection of 1: head.fc>
+        """
+        if isinstance(at, Selection):
+            return at
+        entries = [at] if isinstance(at, str) or callable(at) else list(at)
+        if not entries:
+            raise UnknownNode("the list of selectors is empty: it selects no node", source=here())
+        found: dict[str, None] = {}
+        for entry in entries:
+            found.update(dict.fromkeys(self._hits(entry)))
+        order = {name: i for i, name in enumerate(self._nodes)}
+        ranked = sorted(found, key=lambda n: (self._rank(n, order), -n.count(".")))
+        return Selection(
+            self, ranked, here(), ", ".join(repr(e) if isinstance(e, str) else "predicate" for e in entries)
+        )
+
+    def _hits(self, entry: Any) -> list[str]:
+        if isinstance(entry, Selection):
+            return list(entry)
+        if callable(entry):
+            hits = [n.name for n in self._nodes.values() if n.op not in ("input", "output") and entry(n)]
+            if not hits:
+                raise UnknownNode("the predicate selects no node", source=here())
+            return [h for h in hits if h is not None]
+        if not isinstance(entry, str):
+            raise GraphError(f"a selector is a string, a predicate or a list of these, not {entry!r}", source=here())
+        names = self.selectable
+        if self.imported is not None and entry not in self._nodes:
+            if "/" not in entry:
+                names = tuple(n for n in names if "/" not in n)
+            if "@" not in entry and ":" not in entry:
+                names = tuple(n for n in names if "@" not in n and ":" not in n)
+        return match([entry], names)[entry]
+
+    def _rank(self, name: str, order: Mapping[str, int]) -> int:
+        values = self.calls_of(name)
+        return order[values[0]] if values else len(order)
+
+    # ------------------------------------------------------------------ parameters
+
+    @cached_property
+    def params(self) -> Mapping[str, Param]:
+        """Every parameter of hosts and bodies by its key in `state_dict()`; tied parameters stand here once."""
+        found: dict[str, Param] = dict(self.imported.params) if self.imported is not None else {}
+        for node in self._nodes.values():
+            if self.imported is None or node.body is not None:
+                found.update(zip(node.param_names(), node.params.values(), strict=True))
+        return MappingProxyType(found)
+
+    @cached_property
+    def body_params(self) -> frozenset[str]:
+        """The parameters that bodies bring."""
+        return frozenset(p for n in self._nodes.values() if n.body is not None for p in n.param_names())
+
+    @cached_property
+    def trained(self) -> Mapping[str, bool]:
+        """For each parameter whether training changes it.
+
+        Nodes of a declared graph start trained, nodes of `ag.trace` start frozen, bodies start trained.
+        """
+        default = self.imported is None
+        return MappingProxyType(
+            {p: self._overrides.get(p, default or p in self.body_params) for p in self.params},
+        )
+
+    def freeze(self, at: Selector | None = None, *, bodies: bool = False) -> Graph:
+        """The same graph with these parameters frozen; without an argument all hosts. Calls add up.
+
+        A pattern names parameters (`**.bias`) or modules (`encoder.layer.0`), which means all parameters below.
+
+        Args:
+            at: patterns of parameters or modules; None for every host.
+            bodies: let the patterns reach bodies instead of hosts.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> graph = ag.Graph(ag.dense(x, 8, name="fc")).freeze("fc.bias")
+        >>> dict(graph.trained)
+        {'fc.weight': True, 'fc.bias': False}
+        """
+        return self._set_trained(at, bodies, False)
+
+    def unfreeze(self, at: Selector, *, bodies: bool = False) -> Graph:
+        """The same graph with these parameters trained. Patterns as for `freeze`."""
+        return self._set_trained(at, bodies, True)
+
+    def _set_trained(self, at: Selector | None, bodies: bool, value: bool) -> Graph:
+        pool = [p for p in self.params if (p in self.body_params) == bodies]
+        if at is None:
+            hits = pool
+        else:
+            tied = self.imported.tied if self.imported is not None and not bodies else {}
+            below: dict[str, list[str]] = {}
+            for name in [*pool, *tied]:
+                for prefix in (*_prefixes(name), name):
+                    below.setdefault(prefix, []).append(tied.get(name, name))
+            entries = [at] if isinstance(at, str) or callable(at) else list(at)
+            hits = []
+            for entry in entries:
+                if not isinstance(entry, str):
+                    raise GraphError(f"freeze and unfreeze take patterns of names, not {entry!r}", source=here())
+                what = "parameter of a body" if bodies else "parameter of a host"
+                for found in match([entry], list(below), what)[entry]:
+                    hits += below[found]
+        return self._with(overrides={**self._overrides, **dict.fromkeys(hits, value)})
+
+    # ------------------------------------------------------------------ surgery
+
+    def splice(self, at: Selector, method: Any, *, name: str = "adapter", where: str | None = None) -> Graph:
+        """A new graph with a body at every selected site.
+
+        Args:
+            at: where, see `select`. A module or container means its output.
+            method: what to add: a method such as `ag.Bottleneck(64)`, or any callable `site -> Node`.
+            name: the body's modules live at `<host>.<name>`.
+            where: `"after"` or `"around"`; a method knows its own.
+
+        Raises:
+            UnknownNode: the selector, or one entry of it, matches nothing.
+            BadSplice: the body cannot run there, or would never run.
+            ShapeMismatch: the body does not give what its host gave.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> graph = ag.Graph(ag.relu(ag.dense(x, 8, name="fc"))).freeze()
+        >>> list(graph.splice("fc", ag.Bottleneck(2)))
+        ['x', 'fc', 'fc.adapter.down', 'fc.adapter.act', 'fc.adapter.up', 'fc.adapter.residual', 'relu_0']
+        """
+        from .surgery import splice
+
+        return splice(self, at, method, name, where)
+
+    def unsplice(self, at: Selector = "**") -> Graph:
+        """Takes bodies out again; `at` names bodies or their hosts. `graph.splice(…).unsplice() == graph`."""
+        from .surgery import unsplice
+
+        return unsplice(self, at)
+
+    def replace(self, name: str, node: Node) -> Graph:
+        """A new graph in which `node` stands for the node called `name`: consumers read it instead.
+
+        Raises:
+            ShapeMismatch: it has another shape or dtype.
+        """
+        from .surgery import replace_node
+
+        return replace_node(self, name, node)
+
+    def remove(self, name: str) -> Graph:
+        """A new graph without this node; its consumers read its input instead."""
+        from .surgery import remove
+
+        return remove(self, name)
+
+    def rename(self, old: str, new: str) -> Graph:
+        """A new graph in which one node of a declared graph has another name."""
+        from .surgery import rename
+
+        return rename(self, old, new)
+
+    def truncate(self, name: str) -> Graph:
+        """A new graph that ends at this node; what no longer leads to the output is gone."""
+        from .surgery import truncate
+
+        return truncate(self, name)
+
+    def tap(self, at: Selector) -> Graph:
+        """A new graph that also returns these nodes: the compiled model returns a dict by node name."""
+        from .surgery import tap
+
+        return tap(self, at)
+
+    # ------------------------------------------------------------------ comparing, checking
+
+    def diff(self, other: Graph) -> Diff:
+        """What `other` has more, less, or reads elsewhere.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> graph = ag.Graph(ag.relu(ag.dense(x, 8, name="fc")))
+        >>> graph.diff(graph.splice("fc", ag.Bottleneck(2))).rewired
+        ('relu_0',)
+        """
+        mine, theirs = self._nodes, other._nodes
+        return Diff(
+            tuple(n for n in theirs if n not in mine),
+            tuple(n for n in mine if n not in theirs),
+            tuple(n for n in mine if n in theirs and not mine[n].same(theirs[n])),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return (
+            self._nodes.keys() == other._nodes.keys()
+            and all(node.same(other._nodes[name]) for name, node in self._nodes.items())
+            and self.outputs == other.outputs
+            and self.bodies == other.bodies
+            and self.trained == other.trained
+            and self.imported == other.imported
+        )
+
+    __hash__ = object.__hash__
+
+    def check(self) -> Graph:
+        """Everything that must be true of a graph; called by the constructor and by every verb.
+
+        Raises:
+            GraphError: and says which node.
+        """
+        seen: set[str] = set()
+        for name, node in self._nodes.items():
+            if node.name != name:
+                raise GraphError(f"node {node.name!r} stands in the table as {name!r}", node=name, source=node.source)
+            for value in node.inputs:
+                if value not in seen:
+                    late = value in self._nodes
+                    raise GraphError(
+                        f"node {name!r} reads {value!r}, "
+                        + ("which comes later: a cycle" if late else "which is not in the graph"),
+                        node=name,
+                        source=node.source,
+                        hint="a node can only read what is computed before it",
+                    )
+            seen.add(name)
+            if node.body is not None and node.body not in self.bodies:
+                raise GraphError(f"node {name!r} belongs to {node.body!r}, which is no body of the graph", node=name)
+        for name in self.output_names():
+            if name not in seen:
+                raise GraphError(f"the output {name!r} is no node of the graph", node=name)
+        if self.imported is None:
+            self._check_children()
+        return self
+
+    def _check_children(self) -> None:
+        """`a.weight` beside a node `a` with a parameter `weight` would replace it."""
+        for name, node in self._nodes.items():
+            if "." not in name:
+                continue
+            parent, _, last = name.rpartition(".")
+            owner = self._nodes.get(parent)
+            if owner is not None and last in owner.params:
+                raise DuplicateName(
+                    f"node {name!r} has the name of a parameter of {parent!r}",
+                    node=name,
+                    sides=[("parameter", name, str(owner.source or "")), ("node", name, str(node.source or ""))],
+                    hint=f"call it {name + '_'!r}",
+                )
+
+    # ------------------------------------------------------------------ other views of it
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The same graph for networkx: nodes by name with `op`, `shape` and `body`, one edge for each read value."""
+        import networkx
+
+        result = networkx.DiGraph()
+        for name, node in self._nodes.items():
+            result.add_node(name, op=node.op, shape=node.shape, body=node.body)
+        for name, node in self._nodes.items():
+            result.add_edges_from((value, name) for value in node.inputs)
+        return result
+
+    def to_json(self) -> str:
+        """The graph as JSON text: structure, shapes and splices, no parameter values.
+
+        Raises:
+            GraphError: a node holds a callable or module that has no name in a file.
+        """
+        from .storage import graph_to_json
+
+        return graph_to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Graph:
+        """The graph that `to_json` wrote. Nothing in the text is run; every name in it is checked."""
+        from .storage import graph_from_json
+
+        return graph_from_json(text)
+
+    def compile(
+        self,
+        host: torch.nn.Module | None = None,
+        *,
+        inplace: bool = False,
+        seed: int = 0,
+        state: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.nn.Module:
+        """The graph as a torch module.
+
+        A declared graph becomes a `torch.fx.GraphModule` of straight-line code. An imported graph becomes a model of
+        the host's own class with the bodies attached; the traced model itself stays as it is, and frozen parameters
+        share its storage.
+
+        Args:
+            host: the model, for an imported graph that came from JSON.
+            inplace: attach the bodies to the model itself; `ag.detach` gives it back.
+            seed: initial values depend on this and on the parameter's name only.
+            state: values for some or all parameters, by name.
+            device: where new parameters are made; a body otherwise follows its host.
+            dtype: of new parameters; bodies are float32 on a half-precision host unless this says otherwise.
+
+        Raises:
+            BadSplice: a body cannot be attached where it was spliced.
+            StateMismatch: `state`, or the host, does not fit the graph.
+        """
+        from .compiler import compile_graph
+
+        return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype)
+
+    def summary(self, fold: bool = True) -> Any:
+        """The graph as a table for the terminal; repeats are folded unless `fold=False`."""
+        from .draw import summary
+
+        return summary(self, fold)
+
+    def draw(self, path: Any = None, fold: bool = True, open: Sequence[str] = (), mark: Sequence[str] = ()) -> Any:
+        """Draws the graph into a file (`.svg`, `.png`, `.pdf`, `.dot`, `.mmd`) or returns something a notebook shows.
+
+        Args:
+            path: the file; None to return the picture.
+            fold: draw a run of equal blocks once.
+            open: names of boxes to draw with everything inside.
+            mark: names of nodes to mark.
+        """
+        from .draw import draw
+
+        return draw(self, path, fold, open, mark)
+
+    def dot(self, fold: bool = True, open: Sequence[str] = ()) -> str:
+        """The picture as Graphviz DOT text."""
+        from .draw import dot
+
+        return dot(self, fold, open)
+
+    def mermaid(self, fold: bool = True, open: Sequence[str] = ()) -> str:
+        """The picture as Mermaid text, which GitHub draws."""
+        from .draw import mermaid
+
+        return mermaid(self, fold, open)
+
+    def _repr_svg_(self) -> str | None:
+        from .draw import svg
+
+        return svg(self)
+
+    def __repr__(self) -> str:
+        kind = f"imported {self.imported.cls}" if self.imported is not None else "declared"
+        bodies = f", {len(self.bodies)} bodies" if self.bodies else ""
+        return f"<Graph: {kind}, {len(self)} nodes{bodies}, outputs {', '.join(self.output_names())}>"
+
+    def __deepcopy__(self, memo: Any) -> Graph:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k in ("_nodes", "outputs", "splices")} | {
+            "bodies": dict(self.bodies),
+            "_overrides": dict(self._overrides),
+            "imported": self.imported.without_host() if self.imported is not None else None,
+        }
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def named(
+    name: str,
+    table: Mapping[str, Node],
+    node: Node,
+) -> str:
+    """Checks that `node` may be called `name` beside the nodes of `table`."""
+    check_name(name, node.source)
+    other = table.get(name)
+    if other is not None:
+        raise duplicate(name, other.source, node.source)
+    return name
+
+
+def duplicate(name: str, first: Source | None, second: Source | None) -> DuplicateName:
+    """The error for two nodes with one name; shows both lines."""
+    return DuplicateName(
+        f"two different nodes are called {name!r}",
+        node=name,
+        sides=[("first", str(first or "–")), ("second", str(second or "–"))],
+        source=second,
+        hint="give one of them another name=",
+    )

@@ -1,0 +1,116 @@
+"""The ops of a declared graph as rows: how a module or function is made from options. Floor 2.
+
+A new layer is one row here and one typed function in `calls.py`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import GraphError, here, suggestion
+from ..shapes import Value
+from . import functions as fn
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One row: `module` makes an nn.Module with parameters or state, `function` is called with the inputs.
+
+    Attributes:
+        name: Axon's name.
+        doc: one line.
+        module: `(values of the inputs, **options) -> nn.Module`.
+        function: `(*tensors, **options) -> tensor`.
+        fold: the function takes two inputs; more are folded from the left.
+    """
+
+    name: str
+    doc: str
+    module: Callable[..., nn.Module] | None = None
+    function: Callable[..., Any] | None = None
+    fold: bool = False
+
+
+def _dense(x: Sequence[Value], size: int, bias: bool) -> nn.Module:
+    return nn.Linear(_last(x), size, bias=bias)
+
+
+def _last(x: Sequence[Value]) -> int:
+    if not x[0].shape:
+        raise ValueError("a scalar has no features")
+    return int(x[0].shape[-1])  # type: ignore[arg-type]
+
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "celu": F.celu,
+    "elu": F.elu,
+    "exp": torch.exp,
+    "gelu": F.gelu,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_silu": F.hardswish,
+    "hard_tanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "log_sigmoid": F.logsigmoid,
+    "mish": F.mish,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softmax": F.softmax,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+}
+
+_ROWS = [
+    Op("dense", "x W^T + b over the last dimension", module=_dense),
+    Op("embedding", "rows of a table by index", module=lambda x, vocab_size, size: nn.Embedding(vocab_size, size)),
+    Op("layer_norm", "normalises the last dimension", module=lambda x, eps: nn.LayerNorm(_last(x), eps=eps)),
+    Op("dropout", "zeroes a share of the values while training", module=lambda x, rate: nn.Dropout(rate)),
+    Op("attention", "scaled dot-product attention in heads", module=lambda x, **options: fn.Attention(**options)),
+    Op("add", "sum", function=operator.add, fold=True),
+    Op("subtract", "difference", function=operator.sub, fold=True),
+    Op("multiply", "product", function=operator.mul, fold=True),
+    Op("concatenate", "side by side", function=fn.concatenate),
+    Op("reshape", "another shape", function=fn.reshape),
+    Op("transpose", "dimensions in another order", function=fn.transpose),
+    Op("flatten", "all but the batch in one dimension", function=fn.flatten),
+    *(Op(name, f"the activation {name}", function=f) for name, f in ACTIVATIONS.items()),
+]
+OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}
+
+
+def check_activation(name: Any) -> str:
+    """An activation's name, or an error with the nearest one."""
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return name
+    raise GraphError(
+        f"unknown activation {name!r}",
+        source=here(),
+        hint=suggestion(name, ACTIVATIONS) if isinstance(name, str) else "a name: " + ", ".join(ACTIVATIONS),
+    )
+
+
+def runnable(op: str, options: Mapping[str, Any]) -> Callable[[Sequence[Value]], Any]:
+    """For an op: what makes its module or function from the values it reads."""
+    if op == "module":
+        return lambda values: options["module"]
+    if op in ("nx", "layer"):
+        return lambda values: partial(options["fn"], **options.get("options", {}))
+    row = OPS[op]
+    given = {k: v for k, v in options.items() if not k.endswith("_init")}
+    if row.module is not None:
+        return partial(row.module, **given)
+    function = partial(row.function, **given)  # type: ignore[arg-type]
+    if row.fold:
+        return lambda values: lambda *xs: reduce(function, xs)
+    return lambda values: function

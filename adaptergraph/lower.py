@@ -1,0 +1,300 @@
+"""Graph → `torch.fx.GraphModule`: straight-line code that a person can read. Floor 4.
+
+Graphs of equal structure share one generated class, so that twelve equal bodies are one class to `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraphError, ShapeMismatch
+from .graph import Graph
+from .hosted import add_child, keep_frozen_statistics
+from .layers.initializers import initialise
+from .layers.table import OPS, runnable
+from .node import Node, Shape, format_shape
+from .shapes import Value
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a compiled graph expects of its arguments; floats follow the dtype the model was moved to."""
+
+    specs: tuple[tuple[str, Shape, torch.dtype], ...]
+    floats: torch.dtype | None = None
+
+
+def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
+    """Enforces the declared shapes and dtypes of the inputs; called first in the generated code."""
+    sizes: dict[str, Any] = {}
+    for (name, shape, dtype), value in zip(inputs.specs, values, strict=True):
+        if not isinstance(value, Tensor):
+            what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
+            raise GraphError(f"input {name!r} {what}", node=name, hint=f"call model({name}=…)")
+        want = inputs.floats if inputs.floats is not None and dtype.is_floating_point else dtype
+        if value.dtype != want:
+            raise ShapeMismatch(
+                f"input {name!r} has another dtype than declared",
+                node=name,
+                sides=[("declared", str(want)), ("given", str(value.dtype))],
+                hint=f"{name}.to({want})",
+            )
+        fits = len(shape) == value.dim()
+        for want_size, size in zip(shape, value.shape, strict=False):
+            if isinstance(want_size, str):
+                fits = fits and sizes.setdefault(want_size, size) == size
+            elif want_size is not None:
+                fits = fits and want_size == size
+        if not fits:
+            known = ", ".join(f"{k} = {v}" for k, v in sizes.items())
+            raise ShapeMismatch(
+                f"input {name!r} has another shape than declared",
+                node=name,
+                sides=[("declared", format_shape(shape)), ("given", format_shape(tuple(value.shape)))]
+                + ([("where", known)] if known else []),
+                hint="one name of a size stands for one size in all inputs",
+            )
+
+
+class CompiledGraph(torch.fx.GraphModule):
+    """A graph as a torch module: readable `code`, parameters called as its nodes are.
+
+    Copies and pickles keep their class, so that equal graphs stay one class; pickle stores the graph, not code.
+    """
+
+    source: Graph
+    inputs: Inputs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledGraph:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        keep = {id(self._graph): self._graph, id(self.source): self.source}
+        memo.update(keep)
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "source")}
+        return _shell, (self.source, bool(self.inputs.specs)), state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        floats = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        if floats is not None and self.inputs.specs:
+            self.inputs = Inputs(self.inputs.specs, floats)
+        return self
+
+
+_CLASSES: dict[str, tuple[type[CompiledGraph], dict[str, Any]]] = {}
+
+
+def _shell(graph: Graph, checked: bool) -> CompiledGraph:
+    """A module with the code of a graph and no parameters yet; `checked` code begins with a check of the inputs."""
+    program = _program(graph, checked)
+    code = program.python_code("self")
+    key = code.src + "".join(sorted(f"{k}:{id(v)}" for k, v in code.globals.items()))
+    if key not in _CLASSES:
+        first = CompiledGraph(nn.Module(), _targetless(program), "CompiledGraph")
+        first._graph = program
+        first.recompile()
+        cls: Any = type(first)
+        # fx wraps __call__ to print generated code on errors; ours say more
+        del cls.__call__
+        cls.__qualname__ = "CompiledGraph"
+        cls.__module__ = __name__
+        plain = vars(nn.Module()).keys()
+        _CLASSES[key] = cls, {k: v for k, v in first.__dict__.items() if k not in plain and k != "_graph"}
+    cls, attributes = _CLASSES[key]
+    shell = object.__new__(cls)
+    nn.Module.__init__(shell)
+    shell.__dict__.update(copy.copy(attributes))
+    shell.__dict__["_graph"] = program
+    shell.source = graph
+    specs = ((n, i.shape or (), i.dtype or torch.float32) for n, i in graph.inputs.items())
+    shell.inputs = Inputs(tuple(specs) if checked else ())
+    return shell
+
+
+def _targetless(program: torch.fx.Graph) -> torch.fx.Graph:
+    """Fx checks that every target exists before there are modules; an empty graph has none."""
+    empty = torch.fx.Graph()
+    empty.output(None)
+    return empty
+
+
+def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
+    """The fx graph: one call for each node, in the graph's order."""
+    program = torch.fx.Graph()
+    values: dict[str, Any] = {}
+    for name in graph.inputs:
+        values[name] = program.placeholder(name, default_value=None) if checked else program.placeholder(name)
+    given = next(iter(values.values()), None)
+    if checked:
+        program.call_function(check_inputs, (program.get_attr("inputs"), *values.values()))
+    narrow = not checked and any(n.dtype in HALF for n in graph.inputs.values()) and bool(graph.params)
+    if narrow:
+        # small updates are lost in half precision: compute in the dtype of the body's own parameters
+        own = program.call_function(getattr, (program.get_attr(next(iter(graph.params))), "dtype"))
+        values = {n: program.call_method("to", (v, own)) for n, v in values.items()}
+    for name, node in graph._nodes.items():
+        if node.op != "input":
+            values[name] = _call(program, node, [values[i] for i in node.inputs])
+    outputs: Any = graph.outputs
+    if narrow:
+        back = program.call_function(getattr, (given, "dtype"))
+        values[outputs] = program.call_method("to", (values[outputs], back))
+    if isinstance(outputs, str):
+        program.output(values[outputs])
+    elif isinstance(outputs, dict):
+        program.output({key: values[n] for key, n in outputs.items()})
+    else:
+        program.output(tuple(values[n] for n in outputs))
+    return program
+
+
+def _call(program: torch.fx.Graph, node: Node, inputs: list[Any]) -> Any:
+    path = node.path
+    label = re.sub(r"\W", "_", node.name or "")
+    if node.op in ("param", "constant"):
+        return program.create_node("get_attr", path, name=label)
+    row = OPS.get(node.op)
+    if node.op == "module" or (row is not None and row.module is not None):
+        return program.create_node("call_module", path, tuple(inputs), name=label)
+    options = {k: v for k, v in node.options.items() if not k.endswith("_init")}
+    if node.op in ("nx", "layer"):
+        given = dict(options.get("options", {}))
+        return program.create_node("call_function", options["fn"], tuple(inputs), given, name=label)
+    assert row is not None and row.function is not None
+    if not row.fold:
+        return program.create_node("call_function", row.function, tuple(inputs), options, name=label)
+    result = inputs[0]
+    for value in inputs[1:]:
+        result = program.create_node("call_function", row.function, (result, value), name=label)
+    return result
+
+
+def lower(
+    graph: Graph,
+    *,
+    seed: int = 0,
+    prefix: str = "",
+    checked: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CompiledGraph:
+    """The graph as a module with its starting values.
+
+    Args:
+        seed: with a parameter's name all that its starting value depends on.
+        prefix: of those names, when the module becomes part of another one.
+        checked: enforce the declared inputs at each call.
+        device, dtype: of the new parameters.
+    """
+    shell = _shell(graph, checked)
+    nodes = {node.path: node for node in graph.nodes()}
+    # short paths first: `a` before `a.adapter.down`
+    for path, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
+        made = _made(graph, node, prefix + path, seed, device, dtype)
+        if made is not None:
+            _place(shell, path, made, node)
+    for name, parameter in shell.named_parameters():
+        parameter.requires_grad_(graph.trained.get(name, True))
+    keep_frozen_statistics(shell, graph.trained)
+    return shell
+
+
+def _made(
+    graph: Graph,
+    node: Node,
+    name: str,
+    seed: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Any:
+    row = OPS.get(node.op)
+    if node.op == "constant":
+        return node.options["value"].clone().to(device=device)
+    if node.op == "param":
+        own = node.params[""]
+        parameter = nn.Parameter(torch.empty(own.shape, dtype=dtype or own.dtype, device=device))
+        _filled({"init": parameter}, node.options, name, seed)
+        return parameter
+    if node.op == "module":
+        copied = copy.deepcopy(node.options["module"])
+        return copied.to(device=device, dtype=dtype) if device is not None or dtype is not None else copied
+    if row is None or row.module is None:
+        return None
+    values = [Value(n.shape or (), n.dtype or torch.float32) for n in (graph._nodes[i] for i in node.inputs)]
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+        torch.default_generator.manual_seed(_seed(seed, name))
+        module = runnable(node.op, node.options)(values)
+    _filled({f"{n}_init": p for n, p in module.named_parameters()}, node.options, name, seed)
+    return module.to(dtype=dtype) if dtype is not None else module
+
+
+def _filled(parameters: Mapping[str, Any], options: Mapping[str, Any], name: str, seed: int) -> None:
+    for key, parameter in parameters.items():
+        if options.get(key) is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(_seed(seed, f"{name}.{key}"))
+                initialise(parameter, options[key])
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _place(root: nn.Module, path: str, value: Any, node: Node) -> None:
+    *parents, last = path.split(".")
+    owner = root
+    for part in parents:
+        child = owner._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            add_child(owner, part, child)
+        owner = child
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(last, value)
+    elif isinstance(value, Tensor):
+        owner.register_buffer(last, value, persistent=False)
+    elif hasattr(owner, last):
+        raise GraphError(f"{path!r} would replace an attribute of {'.'.join(parents)!r}", node=path, source=node.source)
+    else:
+        add_child(owner, last, value)
+
+
+def body_graph(graph: Graph, body: str) -> Graph:
+    """One body as a graph of its own: what it reads from outside are inputs `x`, `input`, …; names are relative."""
+    record = graph.bodies[body]
+    read, written = record.calls[0]
+    nodes = [n for n in graph.nodes() if n.body == body and "@" not in (n.name or "")]
+    outside = dict.fromkeys(i for n in nodes for i in n.inputs if graph._nodes[i].body != body)
+    names = {value: "x" if value == read else f"input_{i}" for i, value in enumerate(outside)}
+    table: dict[str, Node] = {}
+    for value in sorted(outside, key=lambda v: v != read):
+        host = graph._nodes[value]
+        table[names[value]] = Node("input", (), names[value], host.shape, host.dtype)
+    for node in nodes:
+        names[node.name or ""] = (node.name or "").removeprefix(body + ".")
+    for node in nodes:
+        relative = names[node.name or ""]
+        table[relative] = Node(
+            node.op,
+            tuple(names[i] for i in node.inputs),
+            relative,
+            node.shape,
+            node.dtype,
+            node.options,
+            node.params,
+        )
+    return Graph._of(nodes=table, outputs=names[written])

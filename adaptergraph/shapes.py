@@ -1,0 +1,198 @@
+"""What comes out of an op, found by running it on fake tensors. Floor 2; no shape rule is written by hand.
+
+Named sizes are stood in for by large primes, twice with different ones: what equals the stand-in of `batch` both times
+is `batch`. Results are kept by op, options and input shapes, so a repeated layer costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
+
+from .errors import ShapeMismatch, Source
+from .node import Node, Param, Shape, format_shape
+
+_PRIMES = ((10007, 10009, 10037, 10039, 10061, 10067), (20011, 20021, 20023, 20029, 20047, 20051))
+_MEMO: dict[Any, Spec] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Shape and dtype of one value."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What an op gives: its value (None if it is no single tensor) and the parameters it brings."""
+
+    value: Value | None
+    params: Mapping[str, Param]
+
+
+def infer(
+    op: str,
+    make: Callable[[Sequence[Value]], torch.nn.Module | Callable[..., Any]],
+    inputs: Sequence[Node],
+    options: Mapping[str, Any],
+    source: Source | None,
+    name: str | None,
+) -> Spec:
+    """Runs an op on fake tensors of its inputs' shapes.
+
+    Args:
+        make: gives the module or function of the op for values of these shapes.
+
+    Raises:
+        ShapeMismatch: torch refuses these shapes; the message shows the inputs by name.
+    """
+    values = [Value(i.shape or (), i.dtype or torch.float32) for i in inputs]
+    key = _key(op, options, values)
+    if key is not None and key in _MEMO:
+        return _MEMO[key]
+    try:
+        spec = _probe(make, values)
+    except Exception as error:
+        raise _refused(op, inputs, values, options, source, name, error) from None
+    if key is not None:
+        _MEMO[key] = spec
+    return spec
+
+
+def _key(op: str, options: Mapping[str, Any], values: Sequence[Value]) -> Any:
+    plain = tuple(sorted((k, _plain(v)) for k, v in options.items()))
+    return None if any(v is _NOT_PLAIN for _, v in plain) else (op, plain, tuple((v.shape, v.dtype) for v in values))
+
+
+_NOT_PLAIN = object()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        inner = tuple(_plain(v) for v in value)
+        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in inner) else ("tuple", *inner)
+    if value is None or isinstance(value, str | bool | int | float | torch.dtype):
+        return (type(value).__name__, value) if isinstance(value, bool | int | float) else str(value)
+    return _NOT_PLAIN
+
+
+def _probe(make: Callable[[Sequence[Value]], Any], values: Sequence[Value]) -> Spec:
+    named = any(not isinstance(d, int) for v in values for d in v.shape)
+    params: dict[str, Param] = {}
+    results = []
+    with quiet():
+        for primes in _PRIMES if named else _PRIMES[:1]:
+            stand_in = _stand_ins(values, primes)
+            with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+                sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
+                given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]
+                run = make([Value(s, v.dtype) for s, v in zip(sizes, values, strict=True)])
+                if isinstance(run, torch.nn.Module):
+                    params = {n: Param(tuple(p.shape), p.dtype) for n, p in run.named_parameters()}
+                    result = _call_module(run, given, mode)
+                elif isinstance(run, torch.Tensor):
+                    result = run
+                else:
+                    result = run(*given)
+            results.append((result, stand_in))
+    first, stand_in = results[0]
+    if not isinstance(first, torch.Tensor):
+        return Spec(None, params)
+    if not named:
+        return Spec(Value(tuple(first.shape), first.dtype), params)
+    second, other = results[1]
+    dims = [_named(a, b, stand_in, other) for a, b in zip(first.shape, second.shape, strict=True)]
+    return Spec(Value(tuple(dims), first.dtype), params)
+
+
+def _call_module(module: torch.nn.Module, given: Sequence[torch.Tensor], mode: FakeTensorMode) -> Any:
+    """A call without touching a user's module: its tensors are stood in for, its mode is set back."""
+    state = (*module.named_parameters(), *module.named_buffers())
+    fakes = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t) for n, t in state}
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        return functional_call(module, fakes, tuple(given))
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _dim(dim: Any, axis: int) -> Any:
+    return f"?{axis}" if dim is None else dim
+
+
+def _stand_ins(values: Sequence[Value], primes: Sequence[int]) -> dict[Any, int]:
+    found: dict[Any, int] = {}
+    for value in values:
+        for axis, dim in enumerate(value.shape):
+            key = _dim(dim, axis)
+            if isinstance(key, int):
+                found[key] = key
+            elif key not in found:
+                used = sum(1 for k in found if isinstance(k, str))
+                found[key] = primes[used] if used < len(primes) else primes[-1] + 2 * used
+    return found
+
+
+def _named(a: int, b: int, first: Mapping[Any, int], second: Mapping[Any, int]) -> Any:
+    if a == b:
+        return int(a)
+    for key, size in first.items():
+        if size == a and second[key] == b and isinstance(key, str):
+            return None if key.startswith("?") else key
+    return None
+
+
+def _refused(
+    op: str,
+    inputs: Sequence[Node],
+    values: Sequence[Value],
+    options: Mapping[str, Any],
+    source: Source | None,
+    name: str | None,
+    error: Exception,
+) -> ShapeMismatch:
+    names = {
+        size: str(key).lstrip("?") for ps in _PRIMES for key, size in _stand_ins(values, ps).items() if key != size
+    }
+    text = re.sub(
+        r"\d+", lambda m: names.get(int(m[0]), m[0]), str(error).strip().splitlines()[0] if str(error) else ""
+    )
+    shown = [(k, repr(v)) for k, v in options.items() if isinstance(v, str | int | float | tuple)]
+    return ShapeMismatch(
+        f"{op} {name!r} does not fit what it reads" if name else f"{op} does not fit what it reads",
+        node=name,
+        sides=[
+            *(
+                ("reads", i.name or i.op, format_shape(v.shape), str(v.dtype))
+                for i, v in zip(inputs, values, strict=True)
+            ),
+            *(("option", k, v) for k, v in shown),
+            ("torch", text or type(error).__name__),
+        ],
+        source=source,
+        hint="change the option, or what the node reads",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Fake kernels log a traceback before they raise; the error we raise says more."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,93 @@
+"""Parameters: which are shared with the traced model, which are trained, and what of a model is worth saving. Floor 4."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraphError, StateMismatch, here, nearest
+
+_SHARED = "_adaptergraph_shared"
+
+
+def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
+    """A copy of the module tree: frozen parameters over the same storage, everything else its own.
+
+    Raises:
+        GraphError: something in the model cannot be copied; the message names it.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in memo or type(parameter) is not nn.Parameter:
+            continue
+        values = parameter.detach()
+        if trained.get(name, False):
+            memo[id(parameter)] = nn.Parameter(values.clone(), requires_grad=True)
+        else:
+            memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            setattr(memo[id(parameter)], _SHARED, True)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise _uncopied(model, error) from error
+    for module in twin.modules():
+        if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
+            module.register_load_state_dict_pre_hook(unshare)
+    return twin
+
+
+def unshare(module: nn.Module, *_: Any) -> None:
+    """Before values are loaded into a module: its shared parameters get storage of their own."""
+    for parameter in module._parameters.values():
+        if parameter is not None and getattr(parameter, _SHARED, False):
+            parameter.data = parameter.data.clone()
+            delattr(parameter, _SHARED)
+
+
+def _uncopied(model: nn.Module, error: Exception) -> GraphError:
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_modules", "_parameters"):
+                continue
+            try:
+                copy.deepcopy(value, {id(m): m for m in model.modules()})
+            except Exception:
+                return GraphError(
+                    f"the model cannot be copied: {path or type(model).__name__}.{key} ({type(value).__name__})",
+                    node=path,
+                    sides=[("copy says", str(error).splitlines()[0])],
+                    source=here(),
+                    hint="clear that attribute, or attach to the model itself: graph.compile(inplace=True)",
+                )
+    return GraphError(f"the model cannot be copied: {error}", source=here(), hint="graph.compile(inplace=True)")
+
+
+def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str) -> None:
+    """Copies values into parameters and buffers by name: all of them, or none and an error that lists every mismatch.
+
+    Raises:
+        StateMismatch: a name is unknown or a shape differs.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    wrong = []
+    for name, value in values.items():
+        mine = own.get(name)
+        if mine is None:
+            close = nearest(name, own)
+            wrong.append((name, "no such parameter", f"nearest: {close[0]}" if close else ""))
+        elif mine.shape != value.shape:
+            wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
+    if wrong:
+        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])  # type: ignore[list-item]
+        raise StateMismatch(f"{len(wrong)} tensors of {what} do not fit the model", sides=shown, source=here())
+    owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
+    with torch.no_grad():
+        for name, value in values.items():
+            owner = owners.get(id(own[name]))
+            if owner is not None:
+                unshare(owner)
+            own[name].copy_(value)
