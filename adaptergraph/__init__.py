@@ -9,6 +9,7 @@ from .methods import Bottleneck
 from .node import Node
 from .select import Selection
 from .sites import detach, graph_of
+from .storage import adapter_state, apply, load, save
 from .surgery import Site
 from .trace import trace
 
@@ -28,8 +29,12 @@ __all__ = [
     "Site",
     "StateMismatch",
     "UnknownNode",
+    "adapter_state",
+    "apply",
     "detach",
     "graph_of",
+    "load",
+    "save",
     "trace",
     *_layers,
 ]

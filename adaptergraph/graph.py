@@ -496,16 +496,22 @@ class Graph:
         Raises:
             GraphError: a node holds a callable or module that has no name in a file.
         """
-        from .storage import graph_to_json
+        from .exchange import graph_to_json
 
         return graph_to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Graph:
         """The graph that `to_json` wrote. Nothing in the text is run; every name in it is checked."""
-        from .storage import graph_from_json
+        from .exchange import graph_from_json
 
         return graph_from_json(text)
+
+    def recipe(self) -> str:
+        """The splices and what is trained, as JSON text: `ag.apply(graph, recipe)` does the same to another graph."""
+        from .storage import recipe
+
+        return recipe(self)
 
     def compile(
         self,

@@ -1,0 +1,356 @@
+"""Graphs and methods as JSON text and back. Floor 5.
+
+Nothing in a file is run: ops are looked up in the table, names are checked, shapes are computed again and compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal
+
+import pydantic
+import torch
+
+from .errors import GraphError, here, suggestion
+from .graph import Body, Graph, Splice
+from .imported import Call, Imported, Module
+from .layers.table import OPS, runnable
+from .methods import METHODS
+from .names import check_imported_name, check_input_name, check_name
+from .node import Node, Param
+from .shapes import infer
+
+Name = str
+Dims = list[str | int | None]
+
+
+class Strict(pydantic.BaseModel):
+    """A part of a file: unknown keys and wrong kinds of values are errors."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class ParamText(Strict):
+    """Shape and dtype of a parameter."""
+
+    shape: list[pydantic.PositiveInt | Literal[0]]
+    dtype: str
+
+
+class NodeText(Strict):
+    """One node."""
+
+    name: Name
+    op: str
+    inputs: list[Name] = []
+    shape: Dims | None = None
+    dtype: str | None = None
+    options: dict[str, Any] = {}
+    params: dict[str, ParamText] = {}
+    body: Name | None = None
+
+
+class BodyText(Strict):
+    """One body."""
+
+    name: Name
+    host: Name
+    where: Literal["after", "around"]
+    calls: list[tuple[Name, Name]]
+
+
+class SpliceText(Strict):
+    """One splice: the selector, the method and the hosts it meant."""
+
+    at: str | list[str]
+    method: dict[str, Any]
+    name: str = "adapter"
+    where: Literal["after", "around"] = "after"
+    hosts: list[Name] | None = None
+
+
+class CallText(Strict):
+    """One call of a module."""
+
+    output: Name | None = None
+    path: list[str | int] = []
+    inputs: list[tuple[str, Name]] = []
+
+
+class ModuleText(Strict):
+    """One module of an imported model."""
+
+    cls: str
+    calls: list[CallText] = []
+
+
+class ImportedText(Strict):
+    """What is known of an imported model beside its nodes."""
+
+    cls: str
+    modules: dict[str, ModuleText]
+    params: dict[Name, ParamText]
+    tied: dict[Name, Name] = {}
+    readers: dict[Name, Name] = {}
+    scopes: dict[Name, str] = {}
+    example: dict[str, dict[str, Any]] | None = None
+
+
+class GraphText(Strict):
+    """A whole graph."""
+
+    format: Literal["adaptergraph.graph/1"]
+    nodes: list[NodeText]
+    outputs: Name | list[Name] | dict[str, Name]
+    bodies: list[BodyText] = []
+    splices: list[SpliceText] = []
+    trained: dict[Name, bool] = {}
+    imported: ImportedText | None = None
+
+
+def parsed(kind: type[Strict], text: str | bytes, what: str) -> Any:
+    """Reads JSON text as this kind of file.
+
+    Raises:
+        GraphError: it is no JSON, or not of this kind; the place in the file is named.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise GraphError(f"{what} is not readable: {place}: {first['msg']}", source=here()) from None
+
+
+# ---------------------------------------------------------------------- methods
+
+
+def method_to_json(method: Any) -> dict[str, Any]:
+    """A method as plain data: its name and what is not the default.
+
+    >>> import adaptergraph as ag
+    >>> method_to_json(ag.Bottleneck(8, activation="gelu"))
+    {'method': 'Bottleneck', 'size': 8, 'activation': 'gelu'}
+    """
+    if METHODS.get(type(method).__name__) is not type(method):
+        name = getattr(method, "__qualname__", type(method).__name__)
+        raise GraphError(
+            f"the method {name!r} is code of yours, which has no name in a file",
+            source=here(),
+            hint="use one of the methods of adaptergraph: " + ", ".join(METHODS),
+        )
+    changed = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+    return {"method": type(method).__name__, **changed}
+
+
+def method_from_json(data: Mapping[str, Any]) -> Any:
+    """The method that `method_to_json` wrote."""
+    options = dict(data)
+    name = options.pop("method", None)
+    if name not in METHODS:
+        hint = suggestion(name, METHODS) if isinstance(name, str) else None
+        raise GraphError(f"there is no method {name!r}", source=here(), hint=hint)
+    return METHODS[name](**options)
+
+
+def splice_to_json(splice: Splice) -> dict[str, Any]:
+    """One splice as plain data."""
+    return {
+        "at": splice.at,
+        "method": method_to_json(splice.method),
+        "name": splice.name,
+        "where": splice.where,
+        "hosts": list(splice.hosts),
+    }
+
+
+# ---------------------------------------------------------------------- graphs
+
+
+def graph_to_json(graph: Graph) -> str:
+    """See `Graph.to_json`."""
+    data: dict[str, Any] = {
+        "format": "adaptergraph.graph/1",
+        "nodes": [_node_to_json(n) for n in graph.nodes()],
+        "outputs": list(graph.outputs) if isinstance(graph.outputs, tuple) else graph.outputs,
+        "bodies": [{"name": b.name, "host": b.host, "where": b.where, "calls": b.calls} for b in graph.bodies.values()],
+        "splices": [splice_to_json(s) for s in graph.splices],
+        "trained": dict(graph._overrides),
+    }
+    if graph.imported is not None:
+        data["imported"] = _imported_to_json(graph.imported)
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def _node_to_json(node: Node) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": node.name, "op": node.op}
+    if node.inputs:
+        data["inputs"] = node.inputs
+    if node.shape is not None:
+        data["shape"] = node.shape
+    if node.dtype is not None:
+        data["dtype"] = _dtype(node.dtype)
+    if node.options:
+        data["options"] = {k: _option(v, node) for k, v in node.options.items()}
+    if node.params:
+        data["params"] = {k: _param(p) for k, p in node.params.items()}
+    if node.body is not None:
+        data["body"] = node.body
+    return data
+
+
+def _option(value: Any, node: Node) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {"tensor": value.tolist(), "dtype": _dtype(value.dtype)}
+    if isinstance(value, tuple | list):
+        return [_option(v, node) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise GraphError(
+        f"node {node.name!r} holds {value!r}, which has no name in a file",
+        node=node.name,
+        source=node.source,
+        hint="write that part with layers of adaptergraph, or keep this graph in code",
+    )
+
+
+def _imported_to_json(imported: Imported) -> dict[str, Any]:
+    def call(c: Call) -> dict[str, Any]:
+        return {"output": c.output, "path": c.path, "inputs": c.inputs}
+
+    return {
+        "cls": imported.cls,
+        "modules": {p: {"cls": m.cls, "calls": [call(c) for c in m.calls]} for p, m in imported.modules.items()},
+        "params": {n: _param(p) for n, p in imported.params.items()},
+        "tied": dict(imported.tied),
+        "readers": dict(imported.readers),
+        "scopes": dict(imported.scopes),
+        "example": imported.example,
+    }
+
+
+def _param(param: Param) -> dict[str, Any]:
+    return {"shape": param.shape, "dtype": _dtype(param.dtype)}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_from(text: str) -> torch.dtype:
+    """A dtype by its name in torch."""
+    dtype = getattr(torch, text, None) if text.isidentifier() else None
+    if not isinstance(dtype, torch.dtype):
+        raise GraphError(f"there is no dtype {text!r}", source=here())
+    return dtype
+
+
+def graph_from_json(text: str) -> Graph:
+    """See `Graph.from_json`."""
+    data: GraphText = parsed(GraphText, text, "the graph")
+    imported = data.imported
+    table: dict[str, Node] = {}
+    for item in data.nodes:
+        hosted = imported is not None and item.body is None
+        (check_imported_name if hosted else _check_own_name)(item.name)
+        if item.name in table:
+            raise GraphError(f"the graph is not readable: two nodes are called {item.name!r}", node=item.name)
+        missing = [i for i in item.inputs if i not in table]
+        if missing:
+            raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
+        table[item.name] = _host_node(item) if hosted else _own_node(item, [table[i] for i in item.inputs])
+    outputs: Any = tuple(data.outputs) if isinstance(data.outputs, list) else data.outputs
+    graph = Graph._of(
+        nodes=table,
+        outputs=outputs,
+        bodies={b.name: Body(b.name, b.host, b.where, tuple(map(tuple, b.calls))) for b in data.bodies},
+        splices=tuple(
+            Splice(s.at, method_from_json(s.method), s.name, s.where, tuple(s.hosts or ())) for s in data.splices
+        ),
+        imported=_imported_from_json(imported) if imported is not None else None,
+        overrides=data.trained,
+    )
+    _check_tables(graph)
+    return graph.check()
+
+
+def _check_own_name(name: str) -> None:
+    check_name(name.partition("@")[0])
+
+
+def _check_tables(graph: Graph) -> None:
+    for body in graph.bodies.values():
+        for value in (v for call in body.calls for v in call):
+            graph[value]
+    unknown = [p for p in graph._overrides if p not in graph.params]
+    if unknown:
+        raise GraphError(f"the graph is not readable: {unknown[0]!r} is no parameter of it")
+
+
+def _value(value: Any) -> Any:
+    return tuple(_value(v) for v in value) if isinstance(value, list) else value
+
+
+def _host_node(item: NodeText) -> Node:
+    if not item.op.isidentifier():
+        raise GraphError(f"the graph is not readable: {item.op!r} is no op", node=item.name)
+    params = {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()}
+    shape = None if item.shape is None else tuple(item.shape)
+    dtype = None if item.dtype is None else dtype_from(item.dtype)
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
+
+
+def _own_node(item: NodeText, inputs: list[Node]) -> Node:
+    """A node of ours: its op is a row of the table, and its shape is computed again."""
+    options = {k: _value(v) for k, v in item.options.items()}
+    shape = tuple(item.shape or ())
+    dtype = dtype_from(item.dtype or "float32")
+    params: Mapping[str, Param] = {}
+    if item.op == "input":
+        check_input_name(item.name)
+    elif item.op == "param":
+        params = {"": Param(tuple(int(d or 0) for d in shape), dtype)}
+    elif item.op == "constant":
+        given = item.options["value"]
+        options = {"value": torch.tensor(given["tensor"], dtype=dtype_from(given["dtype"]))}
+    elif item.op in OPS:
+        near = [_full(i, item.body) for i in inputs]
+        spec = infer(item.op, runnable(item.op, options), near, options, None, item.name)
+        params = spec.params
+        found = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
+        if found != (shape, dtype):
+            raise GraphError(
+                f"the graph is not readable: {item.name!r} cannot give {shape}",
+                node=item.name,
+                sides=[("file", str(shape), str(dtype)), ("computed", str(found[0]), str(found[1]))],
+            )
+    else:
+        raise GraphError(
+            f"the graph is not readable: there is no op {item.op!r}", node=item.name, hint=suggestion(item.op, OPS)
+        )
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body)
+
+
+def _full(node: Node, body: str | None) -> Node:
+    """A body on a half-precision host computes in float32."""
+    from dataclasses import replace
+
+    half = node.body is None and body is not None and node.dtype in (torch.float16, torch.bfloat16)
+    return replace(node, dtype=torch.float32) if half else node
+
+
+def _imported_from_json(data: ImportedText) -> Imported:
+    def call(c: CallText) -> Call:
+        return Call(c.output, tuple(c.path), tuple((a, v) for a, v in c.inputs))
+
+    return Imported(
+        cls=data.cls,
+        modules={p: Module(m.cls, tuple(call(c) for c in m.calls)) for p, m in data.modules.items()},
+        params={n: Param(tuple(p.shape), dtype_from(p.dtype)) for n, p in data.params.items()},
+        tied=data.tied,
+        readers=data.readers,
+        scopes=data.scopes,
+        example=data.example,
+    )

@@ -1,0 +1,354 @@
+"""Adapters on disk: `adapter.safetensors` and `adapter.json`, written atomically, read all or nothing. Floor 5."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .errors import GraphError, StateMismatch, here, nearest
+from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, splice_to_json
+from .graph import Graph
+from .sites import attachment, graph_of
+from .state import load_values
+from .trace import trace
+
+TENSORS = "adapter.safetensors"
+JSON = "adapter.json"
+_NEXT = ".next"
+
+
+class HostText(Strict):
+    """What an adapter was made for: the shapes of all host parameters, and what the model was called with."""
+
+    cls: str
+    parameters: dict[str, list[int]]
+    example: dict[str, dict[str, Any]] | None = None
+
+
+class AdapterText(Strict):
+    """`adapter.json`; without the last four entries it is a recipe."""
+
+    format: Literal["adaptergraph.adapter/1"]
+    splices: list[SpliceText] = []
+    unfrozen: list[str] = []
+    frozen: list[str] = []
+    host: HostText | None = None
+    tensors: dict[str, list[int]] | None = None
+    checksum: str | None = None
+    versions: dict[str, str] | None = None
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training can change in a compiled model, by key: bodies, unfrozen host parameters, and their buffers.
+
+    Raises:
+        GraphError: the model was not made by `graph.compile`.
+
+    >>> import adaptergraph as ag
+    >>> list(adapter_state(ag.Adapter.build(8, 2).compile()))
+    ['adapter.down.weight', 'adapter.down.bias', 'adapter.up.weight', 'adapter.up.bias']
+    """
+    state = model.state_dict()
+    return {name: state[name].detach() for name in _state_names(graph_of(model), model) if name in state}
+
+
+def _state_names(graph: Graph, model: nn.Module) -> list[str]:
+    changed = [n for n in graph.params if n in graph.body_params or graph.trained[n]]
+    owners = dict.fromkeys(n.rpartition(".")[0] for n in changed)
+    buffers = [f"{o}.{n}" if o else n for o in owners for n, _ in model.get_submodule(o).named_buffers(recurse=False)]
+    return [*changed, *buffers]
+
+
+def recipe(graph: Graph) -> str:
+    """See `Graph.recipe`."""
+    return json.dumps(_recipe(graph), indent=1, ensure_ascii=False)
+
+
+def _recipe(graph: Graph) -> dict[str, Any]:
+    default = graph.imported is None
+    return {
+        "format": "adaptergraph.adapter/1",
+        "splices": [splice_to_json(s) for s in graph.splices],
+        "unfrozen": [n for n, t in graph.trained.items() if t and not default and n not in graph.body_params],
+        "frozen": [n for n, t in graph.trained.items() if not t and (default or n in graph.body_params)],
+    }
+
+
+def apply(graph: Graph, recipe: str | Path | Mapping[str, Any]) -> Graph:
+    """The graph with the splices of a recipe: what `graph.recipe()` gave, the path of an `adapter.json`, or a dict.
+
+    Raises:
+        GraphError: it is no recipe.
+        StateMismatch: a selector means other hosts in this graph than in the one the recipe came from.
+
+    >>> import adaptergraph as ag
+    >>> x = ag.input("x", shape=("batch", 8))
+    >>> base = ag.Graph(ag.relu(ag.dense(x, 8, name="fc"))).freeze()
+    >>> spliced = base.splice("fc", ag.Bottleneck(2))
+    >>> ag.apply(base, spliced.recipe()) == spliced
+    True
+    """
+    if isinstance(recipe, Mapping):
+        text: str | bytes = json.dumps(recipe)
+    elif isinstance(recipe, Path) or not recipe.lstrip().startswith("{"):
+        text = _read(Path(recipe))
+    else:
+        text = recipe
+    return _apply(graph, parsed(AdapterText, text, "the recipe"))
+
+
+def _apply(graph: Graph, data: AdapterText) -> Graph:
+    for item in data.splices:
+        hosts = tuple(graph.select(item.at))
+        if item.hosts is not None and hosts != tuple(item.hosts):
+            raise StateMismatch(
+                f"the selector {item.at!r} means other nodes here than where the adapter was made",
+                sides=[("there", ", ".join(item.hosts)), ("here", ", ".join(hosts))],
+                source=here(),
+            )
+        graph = graph.splice(item.at, method_from_json(item.method), name=item.name, where=item.where)
+    bodies = [n for n in data.frozen if n in graph.body_params]
+    if data.unfrozen:
+        graph = graph.unfreeze(data.unfrozen)
+    if bodies:
+        graph = graph.freeze(bodies, bodies=True)
+    if len(bodies) < len(data.frozen):
+        graph = graph.freeze([n for n in data.frozen if n not in bodies])
+    return graph
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Writes what training can change of a compiled model: `adapter.safetensors` and `adapter.json`.
+
+    The change is atomic: if the process dies at any moment, the folder holds the old adapter or the new one, whole.
+
+    Args:
+        model: from `graph.compile`.
+        folder: made if it is not there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder is a file.
+    """
+    graph = graph_of(model)
+    target = Path(folder)
+    state = {n: t.detach().to("cpu").contiguous() for n, t in adapter_state(model).items()}
+    meta = [n for n, t in state.items() if t.is_meta]
+    if meta:
+        raise GraphError(f"parameter {meta[0]!r} is on the meta device: there is nothing to save", source=here())
+    # tensors of one storage are copied: safetensors refuses them
+    data = safetensors.torch.save({n: t.clone() for n, t in state.items()})
+    host = graph.unsplice() if graph.splices else graph
+    own = host.imported.params if host.imported is not None else {n: p for n, p in host.params.items()}
+    text = _recipe(graph) | {
+        "host": {
+            "cls": host.imported.cls if host.imported is not None else "Graph",
+            "parameters": {n: list(p.shape) for n, p in own.items()},
+            "example": host.imported.example if host.imported is not None else None,
+        },
+        "tensors": {n: list(t.shape) for n, t in state.items()},
+        "checksum": _checksum(data),
+        "versions": {"adaptergraph": _version(), "torch": torch.__version__, "safetensors": safetensors.__version__},
+    }
+    if target.exists() and not target.is_dir():
+        raise GraphError(f"{str(target)!r} is a file, not a folder", source=here(), hint="ag.save writes into a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    # the JSON file decides: the old one goes with the old tensors, the new one with tensors that are there already
+    _write(target / (TENSORS + _NEXT), data)
+    _write(target / JSON, json.dumps(text, indent=1, ensure_ascii=False).encode())
+    os.replace(target / (TENSORS + _NEXT), target / TENSORS)
+    _sync(target)
+    return target
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _checksum(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
+    """The adapted model that `save` wrote, on a host: a fresh base model, its graph, or a compiled model.
+
+    Everything is checked first; then everything is changed, or nothing.
+
+    Args:
+        host: a plain model (it is traced with the shapes of the first time), a graph, or a compiled model with the same
+            bodies, whose values are replaced.
+        folder: what `save` was given.
+        inplace: attach to the plain model itself instead of a copy that shares its frozen parameters.
+
+    Raises:
+        StateMismatch: the files are damaged, or belong to another model; every mismatch is named.
+        GraphError: the files are not there, or are no adapter.
+    """
+    data, state = _files(Path(folder))
+    if isinstance(host, Graph):
+        graph, model = host, None
+    elif isinstance(host, nn.Module):
+        model = host if attachment(host) is not None or not _is_plain(host) else None
+        graph = graph_of(host) if model is not None else _traced(host, data)
+    else:
+        raise GraphError(f"load takes a model or a graph, not {type(host).__name__}", source=here())
+    spliced = _fitting(graph, data)
+    _check_tensors(spliced, data, state)
+    if model is None:
+        model = spliced.compile(inplace=inplace)
+    load_values(model, state, str(folder))
+    return model
+
+
+def _is_plain(model: nn.Module) -> bool:
+    try:
+        graph_of(model)
+    except GraphError:
+        return True
+    return False
+
+
+def _files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
+    data: AdapterText = parsed(AdapterText, _read(folder / JSON), str(folder / JSON))
+    if data.checksum is None or data.tensors is None or data.host is None:
+        raise GraphError(
+            f"{folder / JSON} is a recipe, without tensors", source=here(), hint="ag.apply(graph, recipe) applies it"
+        )
+    found = []
+    for name in (TENSORS, TENSORS + _NEXT):
+        if (folder / name).exists():
+            raw = (folder / name).read_bytes()
+            if _checksum(raw) == data.checksum:
+                return data, safetensors.torch.load(raw)
+            found.append((name, f"{len(raw):,} bytes", _checksum(raw)[:23] + "…"))
+    if not found:
+        raise GraphError(f"there is no {TENSORS} in {folder}", source=here())
+    raise StateMismatch(
+        f"{folder / TENSORS} is damaged, or not the file that belongs to {JSON}",
+        sides=[(JSON, "says", data.checksum[:23] + "…"), *found],
+        source=here(),
+        hint="copy both files again",
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise GraphError(
+            f"cannot read {str(path)!r}: {error.strerror or error}",
+            source=here(),
+            hint=f"a folder of ag.save holds {JSON} and {TENSORS}",
+        ) from None
+
+
+def _traced(model: nn.Module, data: AdapterText) -> Graph:
+    assert data.host is not None
+    if data.host.example is None:
+        raise GraphError(
+            "the adapter does not say what the model is called with",
+            source=here(),
+            hint="trace it yourself: ag.load(ag.trace(model, …), folder)",
+        )
+    _check_host({n: list(p.shape) for n, p in model.named_parameters()}, data, type(model).__name__)
+    example = {
+        k: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v.get("value")
+        for k, v in data.host.example.items()
+    }
+    return trace(model, **example)
+
+
+def _fitting(graph: Graph, data: AdapterText) -> Graph:
+    """The graph with the adapter's splices, if it is a graph of the adapter's host."""
+    host = graph.unsplice() if graph.splices else graph
+    own = host.imported.params if host.imported is not None else host.params
+    name = host.imported.cls if host.imported is not None else "Graph"
+    _check_host({n: list(p.shape) for n, p in own.items()}, data, name)
+    spliced = _apply(host, data)
+    if graph.splices and graph != spliced:
+        raise StateMismatch(
+            "the graph has other splices than the adapter",
+            sides=[
+                ("graph", ", ".join(f"{s.at!r}: {s.method}" for s in graph.splices)),
+                ("adapter", ", ".join(f"{s.at!r}: {s.method}" for s in spliced.splices)),
+            ],
+            source=here(),
+            hint="load onto the graph without splices",
+        )
+    return spliced
+
+
+def _check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> None:
+    assert data.host is not None
+    theirs = data.host.parameters
+    wrong = [
+        (n, f"adapter {theirs.get(n, 'has none')}", f"host {own.get(n, 'has none')}")
+        for n in dict.fromkeys([*theirs, *own])
+        if theirs.get(n) != own.get(n)
+    ]
+    if wrong:
+        _mismatch(f"the adapter was made for another {data.host.cls}; this is {name}", wrong)
+
+
+def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:
+    needed = {n: list(p.shape) for n, p in graph.params.items() if n in graph.body_params or graph.trained[n]}
+    wrong = []
+    for name, shape in needed.items():
+        if name not in state:
+            wrong.append((name, f"model {shape}", "file has none"))
+        elif list(state[name].shape) != shape:
+            wrong.append((name, f"model {shape}", f"file {list(state[name].shape)}"))
+    owners = {n.rpartition(".")[0] for n in needed}
+    for name in state:
+        if name not in needed and (name in graph.params or name.rpartition(".")[0] not in owners):
+            close = nearest(name, needed)
+            wrong.append((name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}"))
+    if wrong:
+        _mismatch("the tensors of the adapter do not fit", wrong)
+
+
+def _mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
+    shown: list[tuple[str, ...]] = [*wrong[:12]]
+    if len(wrong) > 12:
+        shown.append((f"… and {len(wrong) - 12} more",))
+    raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here())
