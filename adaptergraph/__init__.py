@@ -1,9 +1,11 @@
 """See a frozen model as a named graph, splice trainable adapters into it, check it, draw it, compile it, train it."""
 
+from . import blocks
 from .adapter import Adapter
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
+from .fit import fit
 from .graph import Diff, Graph
-from .layers import *  # noqa: F403
+from .layers.calls import *  # noqa: F403
 from .layers.calls import __all__ as _layers
 from .methods import Bottleneck
 from .node import Node
@@ -31,7 +33,9 @@ __all__ = [
     "UnknownNode",
     "adapter_state",
     "apply",
+    "blocks",
     "detach",
+    "fit",
     "graph_of",
     "load",
     "save",

@@ -141,7 +141,9 @@ def method_to_json(method: Any) -> dict[str, Any]:
             source=here(),
             hint="use one of the methods of adaptergraph: " + ", ".join(METHODS),
         )
-    changed = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+    kind: Any = type(method)
+    options = {f.name: (getattr(method, f.name), f.default) for f in fields(kind)}
+    changed = {name: value for name, (value, default) in options.items() if value != default}
     return {"method": type(method).__name__, **changed}
 
 
@@ -265,7 +267,7 @@ def graph_from_json(text: str) -> Graph:
     graph = Graph._of(
         nodes=table,
         outputs=outputs,
-        bodies={b.name: Body(b.name, b.host, b.where, tuple(map(tuple, b.calls))) for b in data.bodies},
+        bodies={b.name: Body(b.name, b.host, b.where, tuple((r, w) for r, w in b.calls)) for b in data.bodies},
         splices=tuple(
             Splice(s.at, method_from_json(s.method), s.name, s.where, tuple(s.hosts or ())) for s in data.splices
         ),

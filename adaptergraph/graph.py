@@ -11,10 +11,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from .errors import DuplicateName, GraphError, Source, UnknownNode, here
-from .names import check_name
 from .node import EMPTY, Node, Param
-from .select import Selection, Selector, match, no_match
+from .select import Selection, Selector, no_match, select
 
 if TYPE_CHECKING:
     import networkx
@@ -175,38 +173,65 @@ class Graph:
         if self.imported is not None:
             names.update(dict.fromkeys(p for p in self.imported.modules if p))
         else:
-            names.update(dict.fromkeys(self._containers))
+            names.update(dict.fromkeys(self.containers))
         return tuple(names)
 
     @cached_property
-    def _containers(self) -> dict[str, str]:
-        """Declared groups with one way out (`layer` for `layer.norm1`, `layer.norm2`) and the node that leaves."""
-        exits: dict[str, dict[str, None]] = {}
+    def containers(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:
+        """Declared groups with one way out (`layer` for `layer.norm1`, `layer.norm2`): the node that leaves, and all.
+
+        Bodies change nothing here: a group is what its hosts are.
+        """
+        without = {written: read for body in self.bodies.values() for read, written in body.calls}
+
+        def host_of(value: str) -> str:
+            while value in without:
+                value = without[value]
+            return value
+
+        readers: dict[str, set[str]] = {name: {""} for name in map(host_of, self.output_names())}
+        members: dict[str, list[str]] = {}
         for name, node in self._nodes.items():
-            if node.body is not None:
-                continue
-            readers = self.consumers[name] or ("",)
-            if name in self.output_names():
-                readers = (*readers, "")
-            for prefix in _prefixes(name):
-                if any(not (r + ".").startswith(prefix + ".") for r in readers):
-                    exits.setdefault(prefix, {})[name] = None
-        return {p: next(iter(out)) for p, out in exits.items() if len(out) == 1 and p not in self._nodes}
+            if node.body is None:
+                for value in node.inputs:
+                    readers.setdefault(host_of(value), set()).add(name)
+                for prefix in prefixes(name):
+                    members.setdefault(prefix, []).append(name)
+        found = {}
+        for prefix, names in members.items():
+            leave = [n for n in names if any(not r.startswith(prefix + ".") for r in readers.get(n, ()))]
+            if len(leave) == 1 and prefix not in self._nodes:
+                found[prefix] = (leave[0], tuple(names))
+        return MappingProxyType(found)
+
+    @cached_property
+    def body_at(self) -> Mapping[str, Body]:
+        """For each value that exactly one body replaces, that body."""
+        at: dict[str, list[Body]] = {}
+        for body in self.bodies.values():
+            for read, _ in body.calls:
+                at.setdefault(read, []).append(body)
+        return MappingProxyType({read: bodies[0] for read, bodies in at.items() if len(bodies) == 1})
 
     def output_of(self, name: str) -> Node:
-        """The node whose value a name stands for: itself, or what a module or container returns."""
-        if name in self._nodes:
-            return self[name]
-        return self[self.calls_of(name)[0]]
+        """The node a name stands for: itself, or what a module or container returns before any body."""
+        return self[name if name in self._nodes else self.calls_of(name)[0]]
+
+    def value_of(self, name: str) -> Node:
+        """The same after the bodies that are there: what the host is worth to those who read it."""
+        value = self.output_of(name).name or ""
+        while (body := self.body_at.get(value)) is not None and (body.host + ".").startswith(name + "."):
+            value = dict(body.calls)[value]
+        return self[value]
 
     def calls_of(self, name: str) -> tuple[str, ...]:
         """The values a host returns, one for each call; empty for a module that is never called."""
-        if self.imported is not None and name in self.imported.modules:
+        if self.imported is not None and name and name in self.imported.modules:
             return tuple(call.output for call in self.imported.modules[name].calls if call.output)
         if name in self._nodes:
             return (name,)
-        if name in self._containers:
-            return (self._containers[name],)
+        if name in self.containers:
+            return (self.containers[name][0],)
         raise no_match(name, self.selectable)
 
     def op_of(self, name: str) -> str:
@@ -230,41 +255,7 @@ class Graph:
         >>> ag.Graph(ag.relu(ag.dense(x, 8, name="head.fc"))).select("**.fc")
         <Selection of 1: head.fc>
         """
-        if isinstance(at, Selection):
-            return at
-        entries = [at] if isinstance(at, str) or callable(at) else list(at)
-        if not entries:
-            raise UnknownNode("the list of selectors is empty: it selects no node", source=here())
-        found: dict[str, None] = {}
-        for entry in entries:
-            found.update(dict.fromkeys(self._hits(entry)))
-        order = {name: i for i, name in enumerate(self._nodes)}
-        ranked = sorted(found, key=lambda n: (self._rank(n, order), -n.count(".")))
-        return Selection(
-            self, ranked, here(), ", ".join(repr(e) if isinstance(e, str) else "predicate" for e in entries)
-        )
-
-    def _hits(self, entry: Any) -> list[str]:
-        if isinstance(entry, Selection):
-            return list(entry)
-        if callable(entry):
-            hits = [n.name for n in self._nodes.values() if n.op not in ("input", "output") and entry(n)]
-            if not hits:
-                raise UnknownNode("the predicate selects no node", source=here())
-            return [h for h in hits if h is not None]
-        if not isinstance(entry, str):
-            raise GraphError(f"a selector is a string, a predicate or a list of these, not {entry!r}", source=here())
-        names = self.selectable
-        if self.imported is not None and entry not in self._nodes:
-            if "/" not in entry:
-                names = tuple(n for n in names if "/" not in n)
-            if "@" not in entry and ":" not in entry:
-                names = tuple(n for n in names if "@" not in n and ":" not in n)
-        return match([entry], names)[entry]
-
-    def _rank(self, name: str, order: Mapping[str, int]) -> int:
-        values = self.calls_of(name)
-        return order[values[0]] if values else len(order)
+        return select(self, at)
 
     # ------------------------------------------------------------------ parameters
 
@@ -290,7 +281,10 @@ class Graph:
         """
         default = self.imported is None
         return MappingProxyType(
-            {p: self._overrides.get(p, default or p in self.body_params) for p in self.params},
+            {
+                name: self._overrides.get(name, param.trainable and (default or name in self.body_params))
+                for name, param in self.params.items()
+            }
         )
 
     def freeze(self, at: Selector | None = None, *, bodies: bool = False) -> Graph:
@@ -308,31 +302,15 @@ class Graph:
         >>> dict(graph.trained)
         {'fc.weight': True, 'fc.bias': False}
         """
-        return self._set_trained(at, bodies, False)
+        from .edit import set_trained
+
+        return set_trained(self, at, bodies, False)
 
     def unfreeze(self, at: Selector, *, bodies: bool = False) -> Graph:
         """The same graph with these parameters trained. Patterns as for `freeze`."""
-        return self._set_trained(at, bodies, True)
+        from .edit import set_trained
 
-    def _set_trained(self, at: Selector | None, bodies: bool, value: bool) -> Graph:
-        pool = [p for p in self.params if (p in self.body_params) == bodies]
-        if at is None:
-            hits = pool
-        else:
-            tied = self.imported.tied if self.imported is not None and not bodies else {}
-            below: dict[str, list[str]] = {}
-            for name in [*pool, *tied]:
-                for prefix in (*_prefixes(name), name):
-                    below.setdefault(prefix, []).append(tied.get(name, name))
-            entries = [at] if isinstance(at, str) or callable(at) else list(at)
-            hits = []
-            for entry in entries:
-                if not isinstance(entry, str):
-                    raise GraphError(f"freeze and unfreeze take patterns of names, not {entry!r}", source=here())
-                what = "parameter of a body" if bodies else "parameter of a host"
-                for found in match([entry], list(below), what)[entry]:
-                    hits += below[found]
-        return self._with(overrides={**self._overrides, **dict.fromkeys(hits, value)})
+        return set_trained(self, at, bodies, True)
 
     # ------------------------------------------------------------------ surgery
 
@@ -366,37 +344,45 @@ class Graph:
 
         return unsplice(self, at)
 
-    def replace(self, name: str, node: Node) -> Graph:
-        """A new graph in which `node` stands for the node called `name`: consumers read it instead.
+    def replace(self, name: str | Node, node: Node) -> Graph:
+        """A new graph in which `node` stands for the node called `name`: its consumers read `node` instead.
+
+        An unnamed node takes the name, unless it reads the node that it stands for, which then stays.
 
         Raises:
             ShapeMismatch: it has another shape or dtype.
+            BadSplice: the node has a body, or is part of one.
+
+        >>> import adaptergraph as ag
+        >>> graph = ag.Graph(ag.relu(ag.input("x", shape=("batch", 8)), name="act"))
+        >>> graph.replace("act", ag.gelu(graph["x"]))["act"]
+        <act: gelu batch × 8>
         """
-        from .surgery import replace_node
+        from .edit import replace_node
 
         return replace_node(self, name, node)
 
-    def remove(self, name: str) -> Graph:
+    def remove(self, name: str | Node) -> Graph:
         """A new graph without this node; its consumers read its input instead."""
-        from .surgery import remove
+        from .edit import remove
 
         return remove(self, name)
 
-    def rename(self, old: str, new: str) -> Graph:
+    def rename(self, old: str | Node, new: str) -> Graph:
         """A new graph in which one node of a declared graph has another name."""
-        from .surgery import rename
+        from .edit import rename
 
         return rename(self, old, new)
 
-    def truncate(self, name: str) -> Graph:
-        """A new graph that ends at this node; what no longer leads to the output is gone."""
-        from .surgery import truncate
+    def truncate(self, name: str | Node) -> Graph:
+        """A new graph that ends at this node and the bodies on it; what no longer leads to the output is gone."""
+        from .edit import truncate
 
         return truncate(self, name)
 
     def tap(self, at: Selector) -> Graph:
-        """A new graph that also returns these nodes: the compiled model returns a dict by node name."""
-        from .surgery import tap
+        """A new graph that also returns these nodes, after their bodies: the compiled model returns a dict by name."""
+        from .edit import tap
 
         return tap(self, at)
 
@@ -430,7 +416,8 @@ class Graph:
             and self.imported == other.imported
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash((len(self), self.output_names()))
 
     def check(self) -> Graph:
         """Everything that must be true of a graph; called by the constructor and by every verb.
@@ -438,44 +425,10 @@ class Graph:
         Raises:
             GraphError: and says which node.
         """
-        seen: set[str] = set()
-        for name, node in self._nodes.items():
-            if node.name != name:
-                raise GraphError(f"node {node.name!r} stands in the table as {name!r}", node=name, source=node.source)
-            for value in node.inputs:
-                if value not in seen:
-                    late = value in self._nodes
-                    raise GraphError(
-                        f"node {name!r} reads {value!r}, "
-                        + ("which comes later: a cycle" if late else "which is not in the graph"),
-                        node=name,
-                        source=node.source,
-                        hint="a node can only read what is computed before it",
-                    )
-            seen.add(name)
-            if node.body is not None and node.body not in self.bodies:
-                raise GraphError(f"node {name!r} belongs to {node.body!r}, which is no body of the graph", node=name)
-        for name in self.output_names():
-            if name not in seen:
-                raise GraphError(f"the output {name!r} is no node of the graph", node=name)
-        if self.imported is None:
-            self._check_children()
-        return self
+        from .collect import check
 
-    def _check_children(self) -> None:
-        """`a.weight` beside a node `a` with a parameter `weight` would replace it."""
-        for name, node in self._nodes.items():
-            if "." not in name:
-                continue
-            parent, _, last = name.rpartition(".")
-            owner = self._nodes.get(parent)
-            if owner is not None and last in owner.params:
-                raise DuplicateName(
-                    f"node {name!r} has the name of a parameter of {parent!r}",
-                    node=name,
-                    sides=[("parameter", name, str(owner.source or "")), ("node", name, str(node.source or ""))],
-                    hint=f"call it {name + '_'!r}",
-                )
+        check(self)
+        return self
 
     # ------------------------------------------------------------------ other views of it
 
@@ -597,30 +550,11 @@ class Graph:
         }
 
 
-def _prefixes(name: str) -> list[str]:
+def prefixes(name: str) -> list[str]:
+    """The containers a name is in, from the outside.
+
+    >>> prefixes("encoder.layer.0")
+    ['encoder', 'encoder.layer']
+    """
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def named(
-    name: str,
-    table: Mapping[str, Node],
-    node: Node,
-) -> str:
-    """Checks that `node` may be called `name` beside the nodes of `table`."""
-    check_name(name, node.source)
-    other = table.get(name)
-    if other is not None:
-        raise duplicate(name, other.source, node.source)
-    return name
-
-
-def duplicate(name: str, first: Source | None, second: Source | None) -> DuplicateName:
-    """The error for two nodes with one name; shows both lines."""
-    return DuplicateName(
-        f"two different nodes are called {name!r}",
-        node=name,
-        sides=[("first", str(first or "–")), ("second", str(second or "–"))],
-        source=second,
-        hint="give one of them another name=",
-    )

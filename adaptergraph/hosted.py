@@ -1,32 +1,43 @@
 """How a module gets bodies without being replaced: its class is swapped for a subclass of the same name. Floor 4.
 
-On that subclass `forward` is a data descriptor: the inner forward runs first (the class's own, or one that a library put
-on the instance), then the bodies. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call all see
-the adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
+On that subclass `forward` is a data descriptor: the inner forward runs first (the class's own, or one that a library
+put on the instance), then the bodies. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call all
+see the adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .errors import BadSplice
+from .errors import BadSplice, GraphError
 
 PLAN = "_adaptergraph_plan"
+# a forward that stood on the instance before, or that took the place of the class's own afterwards
+INNER = "_adaptergraph_inner"
+# a forward that a library put around ours afterwards
+OUTER = "_adaptergraph_outer"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One body at a host: the child to call, and which arguments of the host it reads beside the output."""
+    """One body at a host: the child to call, and which arguments of the host it reads beside the output.
+
+    An argument is a position (None if it is given by name only) and a name.
+    """
 
     child: str
-    arguments: tuple[tuple[int, str], ...] = ()
+    arguments: tuple[tuple[int | None, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -36,16 +47,12 @@ class Plan:
     Attributes:
         steps: the bodies on its output, in order.
         path: where in the output the adapted tensor is; empty when the output is the tensor.
-        inner: a forward that stood on the instance before.
-        outer: a forward that a library put on the instance afterwards.
         hidden: children that iteration over a container skips.
         keeps_statistics: a frozen normalisation layer, which stays in eval.
     """
 
     steps: tuple[Step, ...] = ()
     path: tuple[str | int, ...] = ()
-    inner: Any = None
-    outer: Any = None
     hidden: frozenset[str] = field(default_factory=frozenset)
     keeps_statistics: bool = False
 
@@ -63,24 +70,28 @@ def host(module: nn.Module) -> Plan:
     """Swaps the class of a module, once, and returns its plan."""
     plan = plan_of(module)
     if plan is None:
-        plan = Plan(inner=module.__dict__.pop("forward", None))
-        module.__dict__[PLAN] = plan
-        module.__class__ = _hosted_class(type(module))
+        plan = module.__dict__[PLAN] = Plan()
+        if "forward" in module.__dict__:
+            module.__dict__[INNER] = module.__dict__.pop("forward")
+        module.__class__ = hosted_class(type(module))
     return plan
 
 
 def unhost(module: nn.Module) -> None:
     """Gives a module its own class back, and the forward that stood on the instance."""
-    plan = plan_of(module)
-    if plan is None:
-        return
+    plan = module.__dict__.pop(PLAN)
     module.__class__ = _ORIGINAL[type(module)]
-    del module.__dict__[PLAN]
     for name in plan.hidden:
-        del module._modules[name]
-    forward = plan.outer if plan.outer is not None else plan.inner
-    if forward is not None:
-        module.__dict__["forward"] = forward
+        module._modules.pop(name, None)
+    # what a library put around our forward still calls ours, which from now on runs the inner one alone
+    for key in (OUTER, INNER):
+        if key in module.__dict__ and "forward" not in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(key)
+
+
+def has_other_class(module: nn.Module) -> bool:
+    """Whether a hosted module was given one more class after ours, as sharding and parametrizations do."""
+    return type(module) not in _ORIGINAL
 
 
 def add_child(owner: nn.Module, name: str, child: nn.Module) -> None:
@@ -110,81 +121,200 @@ def keep_frozen_statistics(model: nn.Module, trained: Mapping[str, bool], frozen
     return kept
 
 
-def refuse_iteration(module: nn.Module, name: str) -> None:
-    """A forward that walks over its children by hand would run the body as one more layer."""
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return
-    code = getattr(_ORIGINAL.get(type(module), type(module)).forward, "__code__", None)
-    walks = {"children", "named_children", "modules", "named_modules", "_modules"}
-    if code is not None and walks & set(code.co_names):
+# ---------------------------------------------------------------------- what cannot be a host
+
+
+def refuse_host(module: nn.Module, name: str) -> None:
+    """Refuses modules whose forward would run a body as one more layer, or would lose it.
+
+    Raises:
+        BadSplice: and names the module.
+    """
+    cls = _ORIGINAL.get(type(module), type(module))
+    if isinstance(module, fx.GraphModule) and cls.__deepcopy__ is fx.GraphModule.__deepcopy__:  # type: ignore[attr-defined]
         raise BadSplice(
-            f"{name!r} ({type(module).__name__}) runs whatever children it has: a body would be one more of them",
+            f"{name!r} is an fx.GraphModule, which writes its forward anew when it is copied: a body would be lost",
             node=name,
-            hint="splice at its last child",
+            hint="splice at a module inside it",
         )
+    waiting, seen = ["forward", "__iter__"], set(dir(nn.Module)) - {"forward"}
+    while waiting:
+        method = waiting.pop()
+        function = inspect.unwrap(getattr(cls, method, None))  # type: ignore[arg-type]
+        if method in seen or not isinstance(function, types.FunctionType) or function in _OVERRIDDEN:
+            continue
+        seen.add(method)
+        names = _names(function.__code__)
+        if names & {"children", "named_children", "_modules"}:
+            raise BadSplice(
+                f"{name!r} ({cls.__name__}) runs whatever children it has: a body would be one more of them",
+                node=name,
+                hint="splice at its last child",
+            )
+        waiting += names
+
+
+# what these do with their children is done without the bodies on the swapped class
+_OVERRIDDEN = [
+    vars(container)[name]
+    for container in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    for name in ("__iter__", "__len__", "__getitem__", "keys", "items", "values")
+    if name in vars(container)
+]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*(_names(c) for c in inner))
 
 
 # ---------------------------------------------------------------------- the swapped class
 
 
-def _hosted_class(cls: type) -> type:
-    if cls not in _HOSTED:
-        original: Any = cls.forward  # type: ignore[attr-defined]
+class _Forward(property):
+    """`forward` of a hosted class: on an instance the one that is to run, on the class the function itself.
 
-        @functools.wraps(original)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            plan = self.__dict__[PLAN]
-            out = original(self, *args, **kwargs) if plan.inner is None else plan.inner(*args, **kwargs)
+    Libraries compare `type(module).forward` with the function they once put there, and make subclasses of it.
+    """
+
+    function: Any = None
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self.function if instance is None else self.fget(instance)  # type: ignore[misc]
+
+
+def hosted_class(cls: Any) -> type:
+    """The subclass of a module's class on which bodies run; one for each class."""
+    if cls in _HOSTED:
+        return _HOSTED[cls]
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = self.__dict__.get(INNER)
+        out = cls.forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
+        plan = self.__dict__.get(PLAN)
+        if plan is not None:
             for step in plan.steps:
                 out = _adapted(self, step, plan.path, out, args, kwargs)
-            return out
+        return out
 
-        def get(self: Any) -> Any:
-            outer = self.__dict__[PLAN].outer
-            return forward.__get__(self) if outer is None else outer
+    def train(self: Any, mode: bool = True) -> Any:
+        cls.train(self, mode)
+        if self.__dict__[PLAN].keeps_statistics:
+            self.training = False
+        return self
 
-        def put(self: Any, value: Any) -> None:
-            plan = self.__dict__[PLAN]
-            function = getattr(value, "__func__", None)
-            if function is forward:
-                plan.outer = None
-            elif function is original:
-                # a library takes its own forward away again
-                plan.inner = plan.outer = None
-            else:
-                plan.outer = value
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        """For copy and pickle: the swapped class has no name of its own in any module."""
+        make, args, *rest = super(hosted, self).__reduce_ex__(protocol)
+        if type(self) is not hosted:
+            return (make, args, *rest)
+        if args and args[0] is hosted:
+            args = (cls, *args[1:])
+        return (_remade, (make, args), *rest)
 
-        def remove(self: Any) -> None:
-            self.__dict__[PLAN].outer = None
+    members = {"forward": forward, "train": train, "__reduce_ex__": reduce_ex, **_containers(cls)}
+    for name in ("__module__", "__qualname__", "__doc__"):
+        members[name] = getattr(cls, name)
+    hosted: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda space: space.update(members))
+    # a class may wrap the forward of its subclasses: what is now there is the one that is to run
+    hosted.forward = _descriptor(cls, vars(hosted)["forward"])
+    _HOSTED[cls] = hosted
+    _ORIGINAL[hosted] = cls
+    return hosted
 
-        def train(self: Any, mode: bool = True) -> Any:
-            cls.train(self, mode)  # type: ignore[attr-defined]
-            if self.__dict__[PLAN].keeps_statistics:
-                self.training = False
-            return self
 
-        hosted: Any = types.new_class(cls.__name__, (cls,))
-        # after creation: a class may wrap what its subclasses define
-        hosted.__module__, hosted.__qualname__, hosted.__doc__ = cls.__module__, cls.__qualname__, cls.__doc__
-        hosted.forward = property(get, put, remove)
-        hosted.train = train
-        hosted.__reduce_ex__ = _reduce_ex
-        if issubclass(cls, nn.Sequential | nn.ModuleList):
-            hosted.__iter__ = lambda self: iter([m for _, m in _visible(self)])
-            hosted.__len__ = lambda self: len(list(_visible(self)))
-        elif issubclass(cls, nn.ModuleDict):
-            hosted.__iter__ = hosted.keys = lambda self: iter([n for n, _ in _visible(self)])
-            hosted.__len__ = lambda self: len(list(_visible(self)))
-            hosted.items = lambda self: list(_visible(self))
-            hosted.values = lambda self: [m for _, m in _visible(self)]
-        _HOSTED[cls] = hosted
-        _ORIGINAL[hosted] = cls
-    return _HOSTED[cls]
+def _descriptor(cls: Any, function: Any) -> _Forward:
+    def get(self: Any) -> Any:
+        if "forward" in self.__dict__:
+            put(self, self.__dict__.pop("forward"))
+        outer = self.__dict__.get(OUTER)
+        return function.__get__(self) if outer is None else outer
+
+    def put(self: Any, value: Any) -> None:
+        state = self.__dict__
+        inside = list(parts_of(value))
+        if getattr(value, "__func__", None) is function:
+            state.pop(OUTER, None)
+        elif any(part is function for part in inside):
+            state[OUTER] = value
+        else:
+            # it does not call ours: the host's own computation is another one now, or the class's again
+            state.pop(OUTER, None)
+            state.pop(INNER, None)
+            if getattr(value, "__func__", None) is not cls.forward:
+                state[INNER] = value
+
+    def remove(self: Any) -> None:
+        key = OUTER if OUTER in self.__dict__ else INNER
+        if key not in self.__dict__:
+            raise AttributeError("forward")
+        del self.__dict__[key]
+
+    descriptor = _Forward(get, put, remove)
+    descriptor.function = function
+    return descriptor
+
+
+def parts_of(function: Any) -> Iterator[Any]:
+    """A callable, the functions it wraps or closes over, and the objects that these are bound to."""
+    waiting, seen = [function], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        if isinstance(part, functools.partial):
+            waiting += [part.func, *part.args, *part.keywords.values()]
+        elif isinstance(part, types.MethodType):
+            waiting += [part.__func__, part.__self__]
+        elif isinstance(part, types.FunctionType):
+            for cell in part.__closure__ or ():
+                with suppress(ValueError):
+                    waiting.append(cell.cell_contents)
+        else:
+            continue
+        waiting += [part.__wrapped__] if hasattr(part, "__wrapped__") else []
+
+
+def _containers(cls: Any) -> dict[str, Any]:
+    """How a container with bodies shows its children: without the bodies."""
+
+    def getitem(self: Any, index: Any) -> Any:
+        items = list(_visible(self))
+        if not isinstance(index, slice):
+            return items[index][1]
+        return cls(OrderedDict(items[index])) if issubclass(cls, nn.Sequential) else cls(m for _, m in items[index])
+
+    length = {"__len__": lambda self: len(list(_visible(self)))}
+    names = lambda self: iter([n for n, _ in _visible(self)])  # noqa: E731
+    if issubclass(cls, nn.Sequential | nn.ModuleList):
+        return {**length, "__iter__": lambda self: iter([m for _, m in _visible(self)]), "__getitem__": getitem}
+    if issubclass(cls, nn.ModuleDict):
+        items = lambda self: list(_visible(self))  # noqa: E731
+        values = lambda self: [m for _, m in _visible(self)]  # noqa: E731
+        return {**length, "__iter__": names, "keys": names, "items": items, "values": values}
+    return {}
+
+
+def _visible(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    hidden = self.__dict__[PLAN].hidden
+    return ((n, m) for n, m in self._modules.items() if n not in hidden and m is not None)
+
+
+def _remade(make: Any, args: Any) -> Any:
+    module = make(*args)
+    module.__class__ = hosted_class(type(module))
+    return module
+
+
+# ---------------------------------------------------------------------- one body on an output
 
 
 def _adapted(self: Any, step: Step, path: tuple[str | int, ...], out: Any, args: Any, kwargs: Any) -> Any:
     body = self._modules[step.child]
-    more = [args[i] if i < len(args) else kwargs[name] for i, name in step.arguments]
+    more = [args[i] if i is not None and i < len(args) else kwargs[name] for i, name in step.arguments]
     if not path:
         return body(out, *more)
     return _put(out, path, body(_at(out, path), *more))
@@ -192,6 +322,11 @@ def _adapted(self: Any, step: Step, path: tuple[str | int, ...], out: Any, args:
 
 def _at(out: Any, path: tuple[str | int, ...]) -> Any:
     for key in path:
+        if isinstance(out, Tensor):
+            raise GraphError(
+                "a module with a body returned a tensor where it returned a structure when it was traced",
+                hint="trace it with the arguments that it is called with now",
+            )
         out = getattr(out, key[1:]) if isinstance(key, str) and key.startswith(".") else out[key]
     return out
 
@@ -202,28 +337,11 @@ def _put(out: Any, path: tuple[str | int, ...], value: Any) -> Any:
     new = _put(_at(out, (key,)), rest, value) if rest else value
     if isinstance(out, tuple):
         items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
-        return type(out)(*items) if hasattr(out, "_fields") else tuple(items)
+        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
     if isinstance(key, str) and key.startswith("."):
+        if out.__dataclass_params__.frozen:
+            return dataclasses.replace(out, **{key[1:]: new})
         setattr(out, key[1:], new)
     else:
         out[key] = new
     return out
-
-
-def _visible(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    hidden = self.__dict__[PLAN].hidden
-    return ((n, m) for n, m in self._modules.items() if n not in hidden and m is not None)
-
-
-def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """For copy and pickle: the swapped class has no name of its own in any module."""
-    make, args, *rest = super(type(self), self).__reduce_ex__(protocol)
-    if args and args[0] is type(self):
-        args = (_ORIGINAL[type(self)], *args[1:])
-    return (_remade, (make, args), *rest)
-
-
-def _remade(make: Any, args: Any) -> Any:
-    module = make(*args)
-    module.__class__ = _hosted_class(type(module))
-    return module

@@ -22,7 +22,7 @@ _IMPORTED = re.compile(r"[\w.]*(?:@\d+)?(?:/\w+)?(?:@\d+)?(?::[\w:]+)?", re.ASCI
 def reserved() -> frozenset[str]:
     """Attributes of the class a graph is lowered to: a child of such a name would replace one of them."""
     own = set(dir(torch.fx.GraphModule)) | set(vars(torch.nn.Module()))
-    return frozenset(own | {"inputs", "_graph", "_code", "meta", "self"})
+    return frozenset(own | {"source", "inputs", "_graph", "_code", "meta"})
 
 
 def check_name(name: object, source: Source | None = None) -> str:
@@ -61,13 +61,14 @@ def check_name(name: object, source: Source | None = None) -> str:
 def check_input_name(name: object, source: Source | None = None) -> str:
     """An input is an argument of the compiled `forward`, so its name is one plain identifier."""
     checked = check_name(name, source)
-    if not checked.isidentifier() or torch.fx.graph._Namespace().create_name(checked, None) != checked:
+    # names that generated code keeps for itself
+    taken = {"self", "getattr", *torch.fx.graph._custom_builtins}
+    if not checked.isidentifier() or checked in taken:
         raise GraphError(
             f"an input cannot be called {name!r}: it is an argument of forward()",
             node=checked,
             source=source,
-            hint="use a plain identifier that is no builtin, such as "
-            f"{'x_' + re.sub(r'[^A-Za-z0-9]+', '_', checked)!r}",
+            hint=f"use a plain identifier, such as {'x_' + re.sub(r'[^A-Za-z0-9]+', '_', checked)!r}",
         )
     return checked
 

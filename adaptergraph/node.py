@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -30,10 +31,12 @@ class Param:
     @property
     def size(self) -> int:
         """How many numbers it holds."""
-        size = 1
-        for dim in self.shape:
-            size *= dim
-        return size
+        return math.prod(self.shape)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it can have a gradient: quantised weights are whole numbers."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -42,7 +45,7 @@ class Node:
 
     Nodes are made by the calls of `adaptergraph.layers` and by `ag.trace`, not by hand. `inputs` are nodes while a graph
     is being written and names once it is a `Graph`; `graph["name"]` is a node that knows its graph and can be used in
-    further calls. `a + b`, `a - b` and `a * b` make nodes.
+    further calls. `a + b`, `a - b`, `a * b` make nodes, where one side may be a number.
 
     Attributes:
         op: what it does: a row of the table of layers, or the class or function of an imported node.
@@ -84,27 +87,54 @@ class Node:
             and self.shape == other.shape
             and self.dtype == other.dtype
             and self.body == other.body
-            and self.options == other.options
             and self.params == other.params
+            and _equal(dict(self.options), dict(other.options))
         )
 
     def __repr__(self) -> str:
         return f"<{self.name or 'unnamed'}: {self.op} {format_shape(self.shape)}>"
 
-    def __add__(self, other: Node) -> Node:
-        from .layers import add
+    def __add__(self, other: Node | float) -> Node:
+        return _calculated("add", self, other)
 
-        return add([self, other])
+    def __radd__(self, other: Node | float) -> Node:
+        return _calculated("add", other, self)
 
-    def __sub__(self, other: Node) -> Node:
-        from .layers import subtract
+    def __sub__(self, other: Node | float) -> Node:
+        return _calculated("subtract", self, other)
 
-        return subtract([self, other])
+    def __rsub__(self, other: Node | float) -> Node:
+        return _calculated("subtract", other, self)
 
-    def __mul__(self, other: Node) -> Node:
-        from .layers import multiply
+    def __mul__(self, other: Node | float) -> Node:
+        return _calculated("multiply", self, other)
 
-        return multiply([self, other])
+    def __rmul__(self, other: Node | float) -> Node:
+        return _calculated("multiply", other, self)
+
+
+def _calculated(op: str, left: Node | float, right: Node | float) -> Node:
+    """One of these is a node; a number beside it becomes a constant."""
+    from . import layers
+
+    number = int | float
+    values = [layers.constant(v) if isinstance(v, number) and not isinstance(v, bool) else v for v in (left, right)]
+    return getattr(layers, op)(values)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two options are the same value: `1` is not `True`, and tensors are compared number by number."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(v, b[k]) for k, v in a.items())
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    # a tensor here is the value of a constant, whose shape and dtype have been compared already
+    result = a == b
+    return result if isinstance(result, bool) else bool(result.all())
 
 
 def format_shape(shape: Shape | None) -> str:

@@ -1,4 +1,4 @@
-"""Patterns to names. Floor 1: knows strings only, not what the names stand for."""
+"""Patterns, predicates and handles to names. Floor 1."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import GraphError, Source, UnknownNode, here, nearest
+from .errors import GraphError, Source, UnknownNode, here, nearest, suggestion
+from .node import Node
 
 if TYPE_CHECKING:
     from .graph import Graph
-    from .node import Node
 
-Selector: TypeAlias = "str | Callable[[Node], bool] | Selection | Sequence[str | Callable[[Node], bool] | Selection]"
+Entry: TypeAlias = "str | Callable[[Node], bool] | Node | Selection"
+Selector: TypeAlias = "Entry | Sequence[Entry]"
 
-_TOKEN = re.compile(r"\*\*|\*|\{([^{}]*)\}|\[([^\]]*)\]|[^*{}\[\]]+")
+_TOKEN = re.compile(r"\*\*|\*|\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]|[^*{}\[\]]+")
 _RANGE = re.compile(r"(\d+)(?:\.\.|-)(\d+)")
 
 
@@ -26,10 +27,11 @@ def pattern(text: str) -> re.Pattern[str]:
     >>> bool(pattern("encoder.layer.{0..3}.**.dense").fullmatch("encoder.layer.2.output.dense"))
     True
     """
-    if text.count("{") != text.count("}") or text.count("[") != text.count("]"):
-        raise GraphError(f"the selector {text!r} has a bracket that is not closed", source=here())
-    parts = []
+    parts, end = [], 0
     for token in _TOKEN.finditer(text):
+        if token.start() != end:
+            break
+        end = token.end()
         word = token.group()
         if word == "**":
             parts.append("**")
@@ -41,6 +43,12 @@ def pattern(text: str) -> re.Pattern[str]:
             parts.append(_numbers(token.group(2), text))
         else:
             parts.append(re.escape(word))
+    if end != len(text):
+        raise GraphError(
+            f"the selector {text!r} has a bracket that is not closed, or one inside another",
+            source=here(),
+            hint="write {a,b} for alternatives, {0..11} or [0-5] for a range of numbers",
+        )
     body = "".join(parts)
     # `a.**.b` also matches `a.b`: `**` is any number of segments, none included
     body = body.replace(r"\.**\.", r"\.(?:[^/]*\.)?")
@@ -103,30 +111,43 @@ class Selection(Sequence[str]):
         op: str | None = None,
         shape: tuple[Any, ...] | None = None,
     ) -> Selection:
-        """Keeps the names whose output node has this op or shape (None matches any size), or for which fn is true."""
+        """Keeps the names whose output node has this op or shape (None matches any size), or for which fn is true.
+
+        Raises:
+            UnknownNode: none is left.
+        """
+        if shape is not None and not isinstance(shape, tuple):
+            raise GraphError(f"a shape is a tuple of sizes, not {shape!r}", source=here())
 
         def keep(name: str) -> bool:
-            node = self.graph.output_of(name)
             if op is not None and self.graph.op_of(name) != op:
                 return False
-            if shape is not None:
-                mine = node.shape
-                if mine is None or len(mine) != len(shape):
-                    return False
-                if any(want is not None and want != have for want, have in zip(shape, mine, strict=True)):
-                    return False
+            if shape is None and fn is None:
+                return True
+            # a module that is never called has no output
+            node = self.graph.output_of(name) if self.graph.calls_of(name) else None
+            if node is None or (shape is not None and not _fits(shape, node.shape)):
+                return False
             return fn is None or bool(fn(node))
 
-        return Selection(self.graph, [n for n in self.names if keep(n)], here(), self.text)
+        names = [n for n in self.names if keep(n)]
+        if not names:
+            ops = list(dict.fromkeys(map(self.graph.op_of, self.names)))
+            raise UnknownNode(
+                f"none of the {len(self.names)} selected nodes is left",
+                sides=[("selected", _shown(self.names)), ("their ops", ", ".join(ops))],
+                source=here(),
+                hint=suggestion(op, ops) if op is not None and op not in ops else None,
+            )
+        return Selection(self.graph, names, here(), self.text)
 
     def expect(self, count: int) -> Selection:
         """The same selection, or an error when it has not exactly `count` names."""
         if len(self.names) != count:
-            shown = ", ".join(self.names[:6]) + (" …" if len(self.names) > 6 else "")
             raise UnknownNode(
                 f"{self.text} selects {len(self.names)} nodes, expected {count}",
                 source=here(),
-                sides=[("selected", shown or "nothing")],
+                sides=[("selected", _shown(self.names))],
                 hint="narrow or widen the pattern, or expect another number",
             )
         return self
@@ -145,23 +166,90 @@ class Selection(Sequence[str]):
         return iter(self.names)
 
     def __repr__(self) -> str:
-        shown = ", ".join(self.names[:6]) + (" …" if len(self.names) > 6 else "")
-        return f"<Selection of {len(self.names)}: {shown}>"
+        return f"<Selection of {len(self.names)}: {_shown(self.names)}>"
 
 
-def match(texts: Iterable[str], names: Sequence[str], what: str = "node") -> dict[str, list[str]]:
-    """For each selector the names it matches; a selector without a match is an error with the nearest names."""
-    known = set(names)
-    found = {}
-    for text in texts:
-        if is_pattern(text):
-            expression = pattern(text)
-            hits = [name for name in names if expression.fullmatch(name)]
-        else:
-            hits = [text] if text in known else []
-        if not hits:
-            raise no_match(text, names, what)
-        found[text] = hits
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
+
+
+def _fits(wanted: tuple[Any, ...], shape: tuple[Any, ...] | None) -> bool:
+    if shape is None or len(shape) != len(wanted):
+        return False
+    return all(want is None or want == have for want, have in zip(wanted, shape, strict=True))
+
+
+def entries_of(at: Any) -> list[Any]:
+    """The entries of a selector: one string, predicate, handle or selection is a list of one.
+
+    Raises:
+        GraphError: it is none of these.
+        UnknownNode: the list is empty.
+    """
+    if isinstance(at, str | Node | Selection) or callable(at):
+        return [at]
+    if not isinstance(at, Iterable):
+        raise GraphError(f"a selector is a string, a predicate or a list of these, not {at!r}", source=here())
+    entries = list(at)
+    if not entries:
+        raise UnknownNode("the list of selectors is empty: it selects no node", source=here())
+    return entries
+
+
+def select(graph: Graph, at: Any) -> Selection:
+    """See `Graph.select`."""
+    entries = entries_of(at)
+    text = ", ".join(repr(e) if isinstance(e, str) else "predicate" if callable(e) else str(e) for e in entries)
+    return in_graph_order(graph, (name for entry in entries for name in hits(graph, entry)), text)
+
+
+def in_graph_order(graph: Graph, names: Iterable[str], text: str) -> Selection:
+    """These names, each once, in topological order, inner containers first."""
+    order = {name: i for i, name in enumerate(graph)}
+
+    def rank(name: str) -> tuple[int, int]:
+        values = graph.calls_of(name)
+        return (order[values[0]] if values else len(order), -name.count("."))
+
+    return Selection(graph, sorted(dict.fromkeys(names), key=rank), here(), text)
+
+
+def hits(graph: Graph, entry: Any) -> list[str]:
+    """The names that one entry of a selector means."""
+    if isinstance(entry, Node):
+        entry = entry.name
+    if isinstance(entry, Selection):
+        for name in entry:
+            graph.calls_of(name)
+        return list(entry)
+    if callable(entry):
+        names = [n.name for n in graph.nodes() if n.name and n.op not in ("input", "output") and entry(n)]
+        if not names:
+            raise UnknownNode("the predicate selects no node", source=here())
+        return names
+    if not isinstance(entry, str):
+        raise GraphError(f"a selector is a string, a predicate or a list of these, not {entry!r}", source=here())
+    if not is_pattern(entry):
+        graph.calls_of(entry)
+        return [entry]
+    known: Sequence[str] = graph.selectable
+    if graph.imported is not None:
+        if "/" not in entry:
+            known = [n for n in known if "/" not in n]
+        if "@" not in entry and ":" not in entry:
+            known = [n for n in known if "@" not in n and ":" not in n]
+    return match(entry, known)
+
+
+def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
+    """The names that a selector matches; a selector without a match is an error with the nearest names."""
+    if is_pattern(text):
+        expression = pattern(text)
+        found = [name for name in names if expression.fullmatch(name)]
+    else:
+        found = [text] if text in names else []
+    if not found:
+        raise no_match(text, names, what)
     return found
 
 
@@ -170,8 +258,8 @@ def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode
     sides = []
     better = _mended(text, names)
     if better:
-        hits = sum(1 for n in names if pattern(better).fullmatch(n))
-        sides.append(("nearest", f"{better!r} selects {hits}" if is_pattern(better) else repr(better)))
+        count = sum(1 for n in names if pattern(better).fullmatch(n))
+        sides.append(("nearest", f"{better!r} selects {count}" if is_pattern(better) else repr(better)))
     else:
         sides += [("nearest", repr(name)) for name in nearest(text.replace("*", ""), names, 3)]
     verb = f"selects no {what}" if is_pattern(text) else f"is no {what} of this graph"
@@ -187,7 +275,8 @@ def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode
 def _mended(text: str, names: Sequence[str]) -> str | None:
     """The selector with its unknown words replaced by the nearest known ones, if that selects something."""
     vocabulary = {segment for name in names for segment in re.split(r"[./]", name)}
-    words = re.split(r"([./])", text)
+    # dots inside brackets separate nothing
+    words = re.split(r"([./](?![^{\[]*[}\]]))", text)
     changed = False
     for i, word in enumerate(words):
         if word in ("", ".", "/") or is_pattern(word) or word in vocabulary:

@@ -6,6 +6,7 @@ is `batch`. Results are kept by op, options and input shapes, so a repeated laye
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from .errors import ShapeMismatch, Source
@@ -63,7 +64,9 @@ def infer(
     try:
         spec = _probe(make, values)
     except Exception as error:
-        raise _refused(op, inputs, values, options, source, name, error) from None
+        # a torch traceback says nothing that we do not, but the user's own code may be what is wrong
+        own = error if op in ("module", "nx", "layer") else None
+        raise _refused(op, inputs, values, options, source, name, error) from own
     if key is not None:
         _MEMO[key] = spec
     return spec
@@ -71,65 +74,72 @@ def infer(
 
 def _key(op: str, options: Mapping[str, Any], values: Sequence[Value]) -> Any:
     plain = tuple(sorted((k, _plain(v)) for k, v in options.items()))
-    return None if any(v is _NOT_PLAIN for _, v in plain) else (op, plain, tuple((v.shape, v.dtype) for v in values))
+    if any(v is _NOT_PLAIN for _, v in plain):
+        return None
+    return op, plain, tuple((v.shape, v.dtype) for v in values), torch.get_default_dtype()
 
 
 _NOT_PLAIN = object()
 
 
 def _plain(value: Any) -> Any:
+    """What a value is remembered by: `1`, `1.0`, `True` and `"1"` are four different ones."""
     if isinstance(value, tuple | list):
         inner = tuple(_plain(v) for v in value)
-        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in inner) else ("tuple", *inner)
+        return _NOT_PLAIN if any(v is _NOT_PLAIN for v in inner) else repr(inner)
     if value is None or isinstance(value, str | bool | int | float | torch.dtype):
-        return (type(value).__name__, value) if isinstance(value, bool | int | float) else str(value)
+        return repr(value)
     return _NOT_PLAIN
 
 
 def _probe(make: Callable[[Sequence[Value]], Any], values: Sequence[Value]) -> Spec:
     named = any(not isinstance(d, int) for v in values for d in v.shape)
-    params: dict[str, Param] = {}
-    results = []
-    with quiet():
-        for primes in _PRIMES if named else _PRIMES[:1]:
-            stand_in = _stand_ins(values, primes)
-            with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
-                given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]
-                run = make([Value(s, v.dtype) for s, v in zip(sizes, values, strict=True)])
-                if isinstance(run, torch.nn.Module):
-                    params = {n: Param(tuple(p.shape), p.dtype) for n, p in run.named_parameters()}
-                    result = _call_module(run, given, mode)
-                elif isinstance(run, torch.Tensor):
-                    result = run
-                else:
-                    result = run(*given)
-            results.append((result, stand_in))
-    first, stand_in = results[0]
+    runs = [_run(make, values, _stand_ins(values, primes)) for primes in (_PRIMES if named else _PRIMES[:1])]
+    (first, params), (second, others) = runs[0], runs[-1]
+    if params != others:
+        raise ValueError("its parameters need a size that is known, not a name or None")
     if not isinstance(first, torch.Tensor):
         return Spec(None, params)
-    if not named:
-        return Spec(Value(tuple(first.shape), first.dtype), params)
-    second, other = results[1]
-    dims = [_named(a, b, stand_in, other) for a, b in zip(first.shape, second.shape, strict=True)]
+    one, two = (_stand_ins(values, primes) for primes in _PRIMES)
+    dims = [_named(a, b, one, two) if named else int(a) for a, b in zip(first.shape, second.shape, strict=True)]
     return Spec(Value(tuple(dims), first.dtype), params)
 
 
-def _call_module(module: torch.nn.Module, given: Sequence[torch.Tensor], mode: FakeTensorMode) -> Any:
-    """A call without touching a user's module: its tensors are stood in for, its mode is set back."""
-    state = (*module.named_parameters(), *module.named_buffers())
-    fakes = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t) for n, t in state}
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        return functional_call(module, fakes, tuple(given))
-    finally:
-        for m, training in modes:
-            m.training = training
+def _run(
+    make: Callable[[Sequence[Value]], Any], values: Sequence[Value], stand_in: Mapping[Any, int]
+) -> tuple[Any, dict[str, Param]]:
+    """One run on fake tensors of these sizes: the result and the parameters."""
+    params: dict[str, Param] = {}
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        with fake:
+            sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
+            given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]
+            versions = [t._version for t in given]
+            run = make([Value(s, v.dtype) for s, v in zip(sizes, values, strict=True)])
+        if isinstance(run, torch.nn.Module):
+            params = {n: Param(tuple(p.shape), p.dtype) for n, p in run.named_parameters()}
+            result = _call_module(run, given, fake)
+        else:
+            with fake:
+                result = run(*given)
+    if versions != [t._version for t in given]:
+        raise ValueError("it changes in place what it reads, and so for every other reader")
+    return result, params
+
+
+def _call_module(module: torch.nn.Module, given: Sequence[torch.Tensor], fake: FakeTensorMode) -> Any:
+    """A call of a copy in eval over stand-ins for its tensors: a user's module is not touched."""
+    tensors = (*module.parameters(), *module.buffers())
+    twin = copy.deepcopy(module, {id(t): t for t in tensors}).eval()
+    with fake:
+        state = (*twin.named_parameters(), *twin.named_buffers())
+        stand_ins = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in state}
+        return functional_call(twin, stand_ins, tuple(given))
 
 
 def _dim(dim: Any, axis: int) -> Any:
-    return f"?{axis}" if dim is None else dim
+    return ("?", axis) if dim is None else dim
 
 
 def _stand_ins(values: Sequence[Value], primes: Sequence[int]) -> dict[Any, int]:
@@ -140,7 +150,7 @@ def _stand_ins(values: Sequence[Value], primes: Sequence[int]) -> dict[Any, int]
             if isinstance(key, int):
                 found[key] = key
             elif key not in found:
-                used = sum(1 for k in found if isinstance(k, str))
+                used = sum(1 for k in found if not isinstance(k, int))
                 found[key] = primes[used] if used < len(primes) else primes[-1] + 2 * used
     return found
 
@@ -150,7 +160,7 @@ def _named(a: int, b: int, first: Mapping[Any, int], second: Mapping[Any, int]) 
         return int(a)
     for key, size in first.items():
         if size == a and second[key] == b and isinstance(key, str):
-            return None if key.startswith("?") else key
+            return key
     return None
 
 
@@ -164,7 +174,10 @@ def _refused(
     error: Exception,
 ) -> ShapeMismatch:
     names = {
-        size: str(key).lstrip("?") for ps in _PRIMES for key, size in _stand_ins(values, ps).items() if key != size
+        size: key if isinstance(key, str) else "?"
+        for primes in _PRIMES
+        for key, size in _stand_ins(values, primes).items()
+        if not isinstance(key, int)
     }
     text = re.sub(
         r"\d+", lambda m: names.get(int(m[0]), m[0]), str(error).strip().splitlines()[0] if str(error) else ""
@@ -179,7 +192,7 @@ def _refused(
                 for i, v in zip(inputs, values, strict=True)
             ),
             *(("option", k, v) for k, v in shown),
-            ("torch", text or type(error).__name__),
+            ("because", text or type(error).__name__),
         ],
         source=source,
         hint="change the option, or what the node reads",

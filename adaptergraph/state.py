@@ -1,4 +1,4 @@
-"""Parameters: which are shared with the traced model, which are trained, and what of a model is worth saving. Floor 4."""
+"""Parameters: which are shared with the traced model, which have values of their own, and loading them. Floor 4."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraphError, StateMismatch, here, nearest
+from .hosted import parts_of
 
 _SHARED = "_adaptergraph_shared"
 
@@ -25,19 +26,34 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         if id(parameter) in memo or type(parameter) is not nn.Parameter:
             continue
         values = parameter.detach()
-        if trained.get(name, False):
-            memo[id(parameter)] = nn.Parameter(values.clone(), requires_grad=True)
-        else:
-            memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            setattr(memo[id(parameter)], _SHARED, True)
+        own = trained.get(name, False)
+        twin = nn.Parameter(values.clone() if own else values, requires_grad=parameter.requires_grad)
+        if not own:
+            setattr(twin, _SHARED, True)
+        memo[id(parameter)] = twin
     try:
-        twin = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise _uncopied(model, error) from error
-    for module in twin.modules():
+    _refuse_foreign_forward(model, copied)
+    for module in copied.modules():
         if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
             module.register_load_state_dict_pre_hook(unshare)
-    return twin
+    return copied
+
+
+def _refuse_foreign_forward(model: nn.Module, copied: nn.Module) -> None:
+    """A function that was put on a module as its forward is copied as it is, with the modules it closes over."""
+    originals = {id(m) for m in model.modules()}
+    for path, module in copied.named_modules():
+        if any(id(part) in originals for part in parts_of(module.__dict__.get("forward"))):
+            name = f"{path or type(model).__name__}.forward"
+            raise GraphError(
+                f"the model cannot be copied: {name} is a function over the model itself",
+                node=path,
+                source=here(),
+                hint="make it a bound method of its module, or attach to the model itself: graph.compile(inplace=True)",
+            )
 
 
 def unshare(module: nn.Module, *_: Any) -> None:

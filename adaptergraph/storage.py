@@ -146,14 +146,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     graph = graph_of(model)
     target = Path(folder)
-    state = {n: t.detach().to("cpu").contiguous() for n, t in adapter_state(model).items()}
+    state = adapter_state(model)
     meta = [n for n, t in state.items() if t.is_meta]
     if meta:
         raise GraphError(f"parameter {meta[0]!r} is on the meta device: there is nothing to save", source=here())
-    # tensors of one storage are copied: safetensors refuses them
-    data = safetensors.torch.save({n: t.clone() for n, t in state.items()})
-    host = graph.unsplice() if graph.splices else graph
-    own = host.imported.params if host.imported is not None else {n: p for n, p in host.params.items()}
+    # copies, because safetensors refuses tensors that share storage
+    data = safetensors.torch.save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()})
+    host = _without_splices(graph)
+    own = host.imported.params if host.imported is not None else host.params
     text = _recipe(graph) | {
         "host": {
             "cls": host.imported.cls if host.imported is not None else "Graph",
@@ -300,7 +300,7 @@ def _traced(model: nn.Module, data: AdapterText) -> Graph:
 
 def _fitting(graph: Graph, data: AdapterText) -> Graph:
     """The graph with the adapter's splices, if it is a graph of the adapter's host."""
-    host = graph.unsplice() if graph.splices else graph
+    host = _without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     name = host.imported.cls if host.imported is not None else "Graph"
     _check_host({n: list(p.shape) for n, p in own.items()}, data, name)
@@ -318,6 +318,12 @@ def _fitting(graph: Graph, data: AdapterText) -> Graph:
     return spliced
 
 
+def _without_splices(graph: Graph) -> Graph:
+    """The graph that was spliced; bodies that were declared by hand are part of it."""
+    bodies = [f"{host}.{splice.name}" for splice in graph.splices for host in splice.hosts]
+    return graph.unsplice(bodies) if bodies else graph
+
+
 def _check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> None:
     assert data.host is not None
     theirs = data.host.parameters
@@ -327,7 +333,7 @@ def _check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> N
         if theirs.get(n) != own.get(n)
     ]
     if wrong:
-        _mismatch(f"the adapter was made for another {data.host.cls}; this is {name}", wrong)
+        _mismatch(f"the adapter was made for a {data.host.cls} with other parameters than this {name}", wrong)
 
 
 def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+def linear(x: Tensor) -> Tensor:
+    """The value itself."""
+    return x
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """exp(x) normalised to sum one."""
+    return torch.softmax(x, dim)
+
+
+def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """The logarithm of softmax."""
+    return torch.log_softmax(x, dim)
+
+
+def log_sumexp(x: Tensor, dim: int = -1) -> Tensor:
+    """The logarithm of the sum of exp(x); the dimension stays, with size one."""
+    return torch.logsumexp(x, dim, keepdim=True)
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -26,10 +49,27 @@ def transpose(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.permute(dims)
 
 
+class Function(nn.Module):
+    """A function of the user's as a module, so that generated code can call whatever it is."""
+
+    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.fn = fn
+        self.options = dict(options)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.fn(*inputs, **self.options)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        options = [f"{k}={v!r}" for k, v in self.options.items()]
+        return ", ".join([getattr(self.fn, "__name__", repr(self.fn)), *options])
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention of already projected queries, keys and values (Vaswani et al. 2017, section 3.2).
 
-    Splits the last dimension into heads and joins it again; the mask is true (or 0.0) where a key may be seen.
+    Splits the last dimension into heads and joins it again. The mask is true, or a number that is added to the scores.
     """
 
     def __init__(self, num_heads: int, dropout: float = 0.0, causal: bool = False) -> None:
@@ -40,13 +80,25 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for x in (query, key, value))
-        if mask is not None and mask.dim() == 2:
-            mask = mask[:, None, None, :]
-        if mask is not None and not mask.dtype.is_floating_point:
-            mask = mask.bool()
+        causal = self.causal and mask is None
+        if mask is not None:
+            mask = self.seen(mask, q.shape[-2], k.shape[-2])
         dropout = self.dropout if self.training else 0.0
-        out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=self.causal)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return out.transpose(-3, -2).flatten(-2)
+
+    def seen(self, mask: Tensor, queries: int, keys: int) -> Tensor:
+        """A mask of `batch × keys` or `batch × queries × keys` with a dimension for the heads, and causal if asked."""
+        if mask.dim() == 2:
+            mask = mask[:, None, None, :]
+        elif mask.dim() == 3:
+            mask = mask[:, None]
+        if not mask.dtype.is_floating_point:
+            mask = mask.bool()
+        if not self.causal:
+            return mask
+        before = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+        return mask & before if mask.dtype == torch.bool else mask.masked_fill(~before, float("-inf"))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

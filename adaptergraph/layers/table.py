@@ -30,6 +30,7 @@ class Op:
         module: `(values of the inputs, **options) -> nn.Module`.
         function: `(*tensors, **options) -> tensor`.
         fold: the function takes two inputs; more are folded from the left.
+        floats: how many of its inputs, from the first, must hold floats.
     """
 
     name: str
@@ -37,10 +38,15 @@ class Op:
     module: Callable[..., nn.Module] | None = None
     function: Callable[..., Any] | None = None
     fold: bool = False
+    floats: int = 0
 
 
 def _dense(x: Sequence[Value], size: int, bias: bool) -> nn.Module:
-    return nn.Linear(_last(x), size, bias=bias)
+    return nn.Linear(_last(x), size, bias=bias, dtype=x[0].dtype)
+
+
+def _layer_norm(x: Sequence[Value], eps: float) -> nn.Module:
+    return nn.LayerNorm(_last(x), eps=eps, dtype=x[0].dtype)
 
 
 def _last(x: Sequence[Value]) -> int:
@@ -49,34 +55,38 @@ def _last(x: Sequence[Value]) -> int:
     return int(x[0].shape[-1])  # type: ignore[arg-type]
 
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "celu": F.celu,
-    "elu": F.elu,
-    "exp": torch.exp,
-    "gelu": F.gelu,
-    "hard_sigmoid": F.hardsigmoid,
-    "hard_silu": F.hardswish,
-    "hard_tanh": F.hardtanh,
-    "leaky_relu": F.leaky_relu,
-    "log_sigmoid": F.logsigmoid,
-    "mish": F.mish,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softmax": F.softmax,
-    "softplus": F.softplus,
-    "softsign": F.softsign,
-    "tanh": torch.tanh,
+# by name: the function, and the options it has
+ACTIVATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "celu": (F.celu, ("alpha",)),
+    "elu": (F.elu, ("alpha",)),
+    "exp": (torch.exp, ()),
+    "gelu": (F.gelu, ("approximate",)),
+    "hard_sigmoid": (F.hardsigmoid, ()),
+    "hard_silu": (F.hardswish, ()),
+    "hard_tanh": (F.hardtanh, ("min_val", "max_val")),
+    "leaky_relu": (F.leaky_relu, ("negative_slope",)),
+    "linear": (fn.linear, ()),
+    "log_sigmoid": (F.logsigmoid, ()),
+    "log_softmax": (fn.log_softmax, ("dim",)),
+    "log_sumexp": (fn.log_sumexp, ("dim",)),
+    "mish": (F.mish, ()),
+    "relu": (F.relu, ()),
+    "relu6": (F.relu6, ()),
+    "selu": (F.selu, ()),
+    "sigmoid": (torch.sigmoid, ()),
+    "silu": (F.silu, ()),
+    "softmax": (fn.softmax, ("dim",)),
+    "softplus": (F.softplus, ("beta", "threshold")),
+    "softsign": (F.softsign, ()),
+    "tanh": (torch.tanh, ()),
 }
 
 _ROWS = [
-    Op("dense", "x W^T + b over the last dimension", module=_dense),
+    Op("dense", "x W^T + b over the last dimension", module=_dense, floats=1),
     Op("embedding", "rows of a table by index", module=lambda x, vocab_size, size: nn.Embedding(vocab_size, size)),
-    Op("layer_norm", "normalises the last dimension", module=lambda x, eps: nn.LayerNorm(_last(x), eps=eps)),
-    Op("dropout", "zeroes a share of the values while training", module=lambda x, rate: nn.Dropout(rate)),
-    Op("attention", "scaled dot-product attention in heads", module=lambda x, **options: fn.Attention(**options)),
+    Op("layer_norm", "normalises the last dimension", module=_layer_norm, floats=1),
+    Op("dropout", "zeroes a share of the values while training", module=lambda x, rate: nn.Dropout(rate), floats=1),
+    Op("attention", "scaled dot-product attention in heads", module=lambda x, **o: fn.Attention(**o), floats=3),
     Op("add", "sum", function=operator.add, fold=True),
     Op("subtract", "difference", function=operator.sub, fold=True),
     Op("multiply", "product", function=operator.mul, fold=True),
@@ -84,7 +94,7 @@ _ROWS = [
     Op("reshape", "another shape", function=fn.reshape),
     Op("transpose", "dimensions in another order", function=fn.transpose),
     Op("flatten", "all but the batch in one dimension", function=fn.flatten),
-    *(Op(name, f"the activation {name}", function=f) for name, f in ACTIVATIONS.items()),
+    *(Op(name, f"the activation {name}", function=f, floats=1) for name, (f, _) in ACTIVATIONS.items()),
 ]
 OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}
 
@@ -105,7 +115,7 @@ def runnable(op: str, options: Mapping[str, Any]) -> Callable[[Sequence[Value]],
     if op == "module":
         return lambda values: options["module"]
     if op in ("nx", "layer"):
-        return lambda values: partial(options["fn"], **options.get("options", {}))
+        return lambda values: fn.Function(options["fn"], options.get("options", {}))
     row = OPS[op]
     given = {k: v for k, v in options.items() if not k.endswith("_init")}
     if row.module is not None:

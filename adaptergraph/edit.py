@@ -1,0 +1,242 @@
+"""Verbs that change a declared graph, and the one that says what is trained. Floor 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .collect import refuse_taken, remaining, unnamed, with_bodies
+from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
+from .graph import Body, Graph, prefixes
+from .names import check_input_name, check_name
+from .node import Node, format_shape
+from .select import Selection, Selector, entries_of, match
+from .surgery import in_order, is_foreign, made, map_outputs
+
+
+def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:
+    """See `Graph.freeze` and `Graph.unfreeze`."""
+    pool = [p for p in graph.params if (p in graph.body_params) == bodies]
+    if at is None:
+        return graph._with(overrides={**graph._overrides, **dict.fromkeys(pool, value)})
+    tied = graph.imported.tied if graph.imported is not None and not bodies else {}
+    below: dict[str, list[str]] = {}
+    for name in [*pool, *tied]:
+        for prefix in (*prefixes(name), name):
+            below.setdefault(prefix, []).append(tied.get(name, name))
+    found = []
+    for entry in entries_of(at):
+        for text in entry if isinstance(entry, Selection) else [entry.name if isinstance(entry, Node) else entry]:
+            if not isinstance(text, str):
+                raise GraphError(f"freeze and unfreeze take patterns of names, not {text!r}", source=here())
+            what = "parameter of a body" if bodies else "parameter of a host"
+            found += [p for hit in match(text, list(below), what) for p in below[hit]]
+    wanted = [p for p in found if graph.params[p].trainable or not value]
+    if not wanted:
+        raise GraphError(
+            f"{found[0]!r} holds whole numbers ({graph.params[found[0]].dtype}): it cannot be trained",
+            node=found[0],
+            source=here(),
+        )
+    return graph._with(overrides={**graph._overrides, **dict.fromkeys(wanted, value)})
+
+
+def _host(graph: Graph, name: str | Node, verb: str) -> Node:
+    """The node that a verb changes: of a declared graph, and no part of a body."""
+    _declared(graph, verb)
+    key = name.name or "" if isinstance(name, Node) else name
+    graph[key]
+    node = graph._nodes[key]
+    if node.body is not None:
+        raise BadSplice(
+            f"{key!r} is part of the body {node.body!r}, which changes only as a whole",
+            node=key,
+            source=here(),
+            hint=f"graph.unsplice({node.body!r}), then splice another one",
+        )
+    return node
+
+
+def _declared(graph: Graph, verb: str) -> None:
+    if graph.imported is not None:
+        raise BadSplice(
+            f"{verb} works on declared graphs: this one runs in the forward of {graph.imported.cls}",
+            source=here(),
+            hint="add to it with graph.splice",
+        )
+
+
+def _refuse_adapted(graph: Graph, name: str) -> None:
+    """A body is called after its host."""
+    body = next((b for b in graph.bodies.values() if b.host == name or any(name in call for call in b.calls)), None)
+    if body is not None:
+        raise BadSplice(
+            f"{name!r} has the body {body.name!r}, which would be left without its host",
+            node=name,
+            source=here(),
+            hint=f"take it out first: graph.unsplice({body.name!r})",
+        )
+
+
+def replace_node(graph: Graph, name: str | Node, node: Node) -> Graph:
+    """See `Graph.replace`."""
+    source = here()
+    old = _host(graph, name, "replace")
+    if not isinstance(node, Node):
+        raise GraphError(f"a node is replaced by a node, not {node!r}", node=old.name, source=source)
+    if (node.shape, node.dtype) != (old.shape, old.dtype):
+        raise ShapeMismatch(
+            f"the new node does not fit in the place of {old.name!r}",
+            node=old.name,
+            sides=[
+                ("old", old.name or "", format_shape(old.shape), str(old.dtype)),
+                ("new", node.name or node.op, format_shape(node.shape), str(node.dtype)),
+            ],
+            source=source,
+        )
+    return _swapped(graph, old.name or "", node)
+
+
+def remove(graph: Graph, name: str | Node) -> Graph:
+    """See `Graph.remove`."""
+    source = here()
+    old = _host(graph, name, "remove")
+    if len(old.inputs) != 1:
+        raise BadSplice(
+            f"{old.name!r} reads {len(old.inputs)} nodes, so its consumers cannot simply read its input",
+            node=old.name,
+            source=source,
+            hint="graph.replace(name, node) says what stands in its place",
+        )
+    before = graph._nodes[old.inputs[0]]
+    if (before.shape, before.dtype) != (old.shape, old.dtype):
+        raise ShapeMismatch(
+            f"{old.name!r} cannot be left out: its consumers need what it makes of its input",
+            node=old.name,
+            sides=[
+                ("reads", before.name or "", format_shape(before.shape), str(before.dtype)),
+                ("gives", old.name or "", format_shape(old.shape), str(old.dtype)),
+            ],
+            source=source,
+            hint="graph.replace(name, node) says what stands in its place",
+        )
+    return _swapped(graph, old.name or "", graph[old.inputs[0]])
+
+
+def _swapped(graph: Graph, old: str, node: Node) -> Graph:
+    """The graph in which the consumers of `old` read `node`, which is new or one of the graph."""
+    source = here()
+    order = made(node) if node.graph is None else []
+    handles = [i for n in order for i in n.inputs if i.graph is not None] + ([] if order else [node])
+    for handle in handles:
+        if is_foreign(graph, handle):
+            raise BadSplice(
+                f"the new node reads {handle.name!r}, which is no node of this graph",
+                node=handle.name,
+                source=source,
+                hint="read graph[name]",
+            )
+    stays = any(h.name == old for h in handles)
+    table = {n: x for n, x in graph._nodes.items() if n != old or stays}
+    new, final = _added(table, order, node, "" if stays else old)
+    if final != old:
+        _refuse_adapted(graph, old)
+    kept = {
+        n: replace(x, inputs=tuple(final if i == old else i for i in x.inputs)) if old in x.inputs else x
+        for n, x in table.items()
+    }
+    place = [n for x in graph._nodes for n in ([*([old] if stays else []), *new] if x == old else [x])]
+    table = in_order(kept | new, _inputs_first(kept | new, place), source)
+    outputs = map_outputs(graph.outputs, {old: final}.get)
+    overrides = {p: t for p, t in graph._overrides.items() if p not in {q for x in new.values() for q in x.param_names()}}
+    return _pruned(graph, table, outputs, overrides)
+
+
+def _added(
+    table: Mapping[str, Node], order: list[Node], node: Node, free: str
+) -> tuple[dict[str, Node], str]:
+    """The new nodes with names, and the name of the last; it takes the free name if it has none."""
+    new: dict[str, Node] = {}
+    names: dict[int, str] = {}
+    counts: dict[str, int] = {}
+    taken: set[str | None] = {*table, *(n.name for n in order)}
+    for one in order:
+        name = one.name or (free if one is node and free else unnamed(one.op, counts, taken))
+        taken.add(name)
+        refuse_taken(name, new if name in new else table, one)
+        names[id(one)] = check_name(name, one.source)
+        inputs = tuple(i.name or "" if i.graph is not None else names[id(i)] for i in one.inputs)
+        new[name] = replace(one, name=name, inputs=inputs)
+    return new, names.get(id(node), node.name or "")
+
+
+def _inputs_first(nodes: Mapping[str, Node], names: list[str]) -> list[str]:
+    return sorted(names, key=lambda n: nodes[n].op != "input")
+
+
+def _pruned(graph: Graph, table: Mapping[str, Node], outputs: Any, overrides: Mapping[str, bool]) -> Graph:
+    """Only what leads to the outputs, with what belongs to it."""
+    needed: set[str] = set()
+    stack = [outputs] if isinstance(outputs, str) else list(outputs.values() if isinstance(outputs, dict) else outputs)
+    while stack:
+        name = stack.pop()
+        if name not in needed:
+            needed.add(name)
+            stack += table[name].inputs
+    nodes, bodies = with_bodies({n: x for n, x in table.items() if n in needed}, graph.bodies)
+    params = {p for x in nodes.values() for p in x.param_names()}
+    return graph._with(
+        nodes=nodes,
+        outputs=outputs,
+        bodies=bodies,
+        splices=remaining(graph.splices, bodies),
+        overrides={p: t for p, t in overrides.items() if p in params},
+    )
+
+
+def rename(graph: Graph, old: str | Node, new: str) -> Graph:
+    """See `Graph.rename`."""
+    source = here()
+    node = _host(graph, old, "rename")
+    name = node.name or ""
+    (check_input_name if node.op == "input" else check_name)(new, source)
+    if new == name:
+        return graph
+    refuse_taken(new, graph._nodes, replace(node, source=source))
+    _refuse_adapted(graph, name)
+    nodes = {
+        (new if n == name else n): replace(
+            x, name=new if n == name else n, inputs=tuple(new if i == name else i for i in x.inputs)
+        )
+        for n, x in graph._nodes.items()
+    }
+    params = dict(zip(node.param_names(), nodes[new].param_names(), strict=True))
+    return graph._with(
+        nodes=nodes,
+        outputs=map_outputs(graph.outputs, {name: new}.get),
+        overrides={params.get(p, p): t for p, t in graph._overrides.items()},
+    )
+
+
+def truncate(graph: Graph, name: str | Node) -> Graph:
+    """See `Graph.truncate`."""
+    _declared(graph, "truncate")
+    key = name.name or "" if isinstance(name, Node) else name
+    return _pruned(graph, graph._nodes, graph.value_of(key).name, graph._overrides)
+
+
+def tap(graph: Graph, at: Selector) -> Graph:
+    """See `Graph.tap`."""
+    _declared(graph, "tap")
+    outputs = dict(graph.outputs) if isinstance(graph.outputs, dict) else {n: n for n in graph.output_names()}
+    for name in graph.select(at):
+        value = graph.value_of(name).name or ""
+        if outputs.setdefault(name, value) != value:
+            raise DuplicateName(
+                f"there is another output called {name!r}",
+                node=name,
+                sides=[("output", name, outputs[name]), ("tap", name, value)],
+                source=here(),
+            )
+    return graph._with(outputs=outputs)

@@ -1,0 +1,355 @@
+"""What happens while a model runs once: which module or operation made which tensor from which. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One event: an input, an operation, or a call of a module without children."""
+
+    kind: str
+    op: str
+    scope: str
+    path: str = ""
+    index: int = 0
+    reads: list[tuple[Record, Any]] = field(default_factory=list)
+    params: dict[str, None] = field(default_factory=dict)
+    outs: dict[Any, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    into: Record | None = None
+    name: str = ""
+
+    def final(self) -> Record:
+        """The event this one is a part of, or itself."""
+        record = self
+        while record.into is not None:
+            record = record.into
+        return record
+
+    @property
+    def main(self) -> Any:
+        """The key of the first float tensor it gives, or else of its first tensor."""
+        floats = [k for k, (_, dtype) in self.outs.items() if dtype.is_floating_point]
+        return (floats or [*self.outs, None])[0]
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """A module call that is running."""
+
+    path: str
+    index: int
+    scope: str
+    versions: dict[int, int] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    calls_children: bool = False
+
+
+class Recorder:
+    """The events of one run, and which event each tensor came from."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self.model = model
+        self.paths = {id(m): n for n, m in model.named_modules()}
+        self.named = list(model.named_parameters(remove_duplicate=False))
+        self.parameters: dict[int, str] = {}
+        self.dtype = dtype
+        self.values: dict[int, tuple[Record, Any]] = {}
+        self.storages: dict[int, list[Tensor]] = {}
+        self.alive: list[Tensor] = []
+        self.frames = [_Frame("", 0, "")]
+        self.calls: dict[str, list[Any]] = {}
+        self.root: list[Record] = []
+        self.inputs: list[Record] = []
+        self.paused = False
+        self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
+
+    def forget(self) -> list[weakref.ref[Tensor]]:
+        """Lets go of every tensor, and says which there were."""
+        refs = [weakref.ref(t) for t in self.alive]
+        self.alive, self.storages, self.values, self.parameters = [], {}, {}, {}
+        return refs
+
+    def arguments(self, args: Any, kwargs: Any) -> None:
+        """Every tensor among the arguments is an input, called as forward's signature calls it."""
+        for name, value in bound(self.model, args, kwargs).items():
+            for path, tensor in tensors(value):
+                key = ":".join([name, *(str(p).lstrip(".") for p in path)])
+                record = Record("input", "input", "", path=key)
+                record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+                self.bind(tensor, record, ())
+                self.inputs.append(record)
+
+    def bind(self, tensor: Tensor, record: Record, key: Any) -> None:
+        """From now on this tensor is what the event gave."""
+        self.values[id(tensor)] = (record, key)
+        self.alive.append(tensor)
+        self.storages.setdefault(_storage(tensor), []).append(tensor)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """While this lasts, every module says when it is entered and left."""
+        handles: list[Any] = []
+        try:
+            for module in self.model.modules():
+                handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self.leave, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is about to run."""
+        path = self.paths[id(module)]
+        index = len(self.calls.setdefault(path, []))
+        self.calls[path].append(None)
+        self.frames[-1].calls_children = True
+        versions = {id(t): _version(t) for _, t in tensors((args, kwargs))}
+        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions))
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """A module has run; what it returns may be replaced by tensors of its own."""
+        frame = self.frames.pop()
+        caller = self.frames[-1]
+        given = [t for _, t in tensors((args, kwargs))]
+
+        def fresh(tensor: Tensor) -> Tensor:
+            """A tensor of its own where a module hands on what it was given."""
+            same = any(tensor is g for g in given) and not self.made_in(tensor, frame)
+            return tensor.view_as(tensor) if same else tensor
+
+        self.paused = True
+        output = replaced(output, fresh)
+        self.paused = False
+        outs = list(tensors(output))
+        if not frame.calls_children:
+            caller.records.append(self.leaf(module, frame, caller, given, outs))
+        else:
+            caller.records += frame.records
+            for _, tensor in outs:
+                if id(tensor) not in self.values:
+                    self.passed_on(tensor, frame, caller, given)
+        inputs = self.float_inputs(module, args, kwargs, frame)
+        first = next(((p, t) for p, t in outs if t.dtype.is_floating_point), None)
+        path, found = (None, None) if first is None else (first[0], self.values[id(first[1])])
+        self.calls[frame.path][frame.index] = (found, path, inputs)
+        return output
+
+    def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
+        """Whether an event inside this call gave the tensor."""
+        value = self.values.get(id(tensor))
+        return value is not None and any(value[0] is r for r in frame.records)
+
+    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, given: list[Tensor], outs: list[Any]) -> Record:
+        """A call without calls inside is one node, whatever operations it was made of."""
+        record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
+        for tensor in given:
+            if id(tensor) in self.values:
+                record.reads.append(self.values[id(tensor)])
+        for inner in frame.records:
+            record.reads += [read for read in inner.reads if read[0] not in frame.records]
+            record.params.update(inner.params)
+        for inner in frame.records:
+            inner.into = record
+        for path, tensor in outs:
+            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            self.bind(tensor, record, path)
+        return record
+
+    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame, given: list[Tensor]) -> None:
+        """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
+        record = Record("op", "identity", frame.scope)
+        record.reads = [self.values[id(g)] for g in given if id(g) in self.values]
+        record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+        self.bind(tensor, record, ())
+        caller.records.append(record)
+
+    def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
+        """The float tensors among the arguments by name, without those that the forward overwrote."""
+        try:
+            named = bound(module, args, kwargs)
+        except TypeError:
+            return []
+        return [
+            (name, self.values[id(v)])
+            for name, v in named.items()
+            if isinstance(v, Tensor)
+            and v.dtype.is_floating_point
+            and id(v) in self.values
+            and _version(v) == frame.versions.get(id(v))
+        ]
+
+    def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a torch function and notes what it read, made and changed in place."""
+        if self.paused:
+            return func(*args, **kwargs)
+        given = [t for _, t in tensors((args, kwargs))]
+        versions = [_version(t) for t in given]
+        result = func(*args, **kwargs)
+        mutated = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
+        outs = list(tensors(result))
+        if not outs and not mutated:
+            return result
+        frame = self.frames[-1]
+        record = Record("op", _op_name(func), frame.scope)
+        for tensor in given:
+            if id(tensor) in self.values:
+                record.reads.append(self.values[id(tensor)])
+            elif id(tensor) in self.parameters:
+                record.params[self.parameters[id(tensor)]] = None
+
+        def fresh(tensor: Tensor) -> Tensor:
+            return tensor.view_as(tensor) if any(tensor is g for g in given) else tensor
+
+        if not mutated and outs:
+            result = replaced(result, fresh)
+            outs = list(tensors(result))
+        for path, tensor in outs:
+            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            self.bind(tensor, record, path)
+        for tensor in mutated:
+            self.changed(tensor, record, next((p for p, t in outs if t is tensor), "changed"))
+        frame.records.append(record)
+        return result
+
+    def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
+        """An event wrote into a tensor: whatever shares that memory has a new value."""
+        record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
+        if id(tensor) not in self.values:
+            self.bind(tensor, record, key)
+        for number, alias in enumerate(self.storages[_storage(tensor)]):
+            known, old = self.values[id(alias)]
+            if known is record or not _overlap(alias, tensor):
+                continue
+            if _place(alias) == _place(tensor):
+                self.values[id(alias)] = (record, key)
+                continue
+            # another view: what was not written comes from the value that it had
+            record.reads.append((known, old))
+            view = ("view", number)
+            record.outs[view] = (tuple(alias.shape), alias.dtype)
+            self.values[id(alias)] = (record, view)
+
+    def done(self, returned: Any) -> None:
+        """The events of the whole run, and which of them give what the model returns."""
+        self.root = self.frames[0].records
+        self.results = [(p, self.values[id(t)]) for p, t in tensors(returned) if id(t) in self.values]
+
+
+class Operations(TorchFunctionMode):
+    """Shows every torch function to a recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.recorder.operation(func, args, kwargs or {})
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _place(tensor: Tensor) -> Any:
+    """Which elements of its storage a tensor shows; None where that cannot be said."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors over one storage may share elements."""
+    if _place(a) is None or _place(b) is None:
+        return True
+    (first, last), (start, end) = _extent(a), _extent(b)
+    return first <= end and start <= last
+
+
+def _extent(tensor: Tensor) -> tuple[Any, Any]:
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = tensor.element_size()
+    return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
+
+
+def _op_name(func: Any) -> str:
+    name = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "get")
+    return re.sub(r"\W+", "_", name.strip("_") if name.startswith("__") else name) or "op"
+
+
+def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
+    signature = inspect.signature(module.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{name}_{i}": v for i, v in enumerate(value)})
+        else:
+            named[name] = value
+    return named
+
+
+def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors in a structure and the way to each: an index, a key, or `.name` for an attribute."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, (*path, i))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, (*path, key))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from tensors(getattr(value, f.name, None), (*path, "." + f.name))
+
+
+def replaced(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure, tensors replaced where `fn` gives another one."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple):
+        items = [replaced(v, fn) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list):
+        value[:] = [replaced(v, fn) for v in value]
+    elif isinstance(value, Mapping):
+        for key in list(value):
+            new = replaced(value[key], fn)
+            if new is not value[key]:
+                value[key] = new  # type: ignore[index]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn)) is not old}
+        if changes and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            return dataclasses.replace(value, **changes)
+        for name, new in changes.items():
+            setattr(value, name, new)
+    return value

@@ -1,0 +1,464 @@
+"""Files: what is written, what is refused, and that a crash at any moment leaves an adapter whole."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adaptergraph as ag
+
+
+class Encoder(nn.Module):
+    def __init__(self, size=16, layers=2, classes=3):
+        super().__init__()
+        self.embed = nn.Embedding(20, size)
+        self.layer = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(size, size)}) for _ in range(layers))
+        self.classifier = nn.Linear(size, classes)
+
+    def forward(self, ids, mask=None):
+        x = self.embed(ids)
+        for layer in self.layer:
+            x = x + layer["fc"](x).relu()
+        return self.classifier(x.mean(1))
+
+
+def base(**options):
+    torch.manual_seed(0)
+    return Encoder(**options).eval()
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+METHOD = ag.Bottleneck(4, activation="gelu")
+
+
+def graph(model=None, method=METHOD):
+    return ag.trace(model or base(), IDS).unfreeze("classifier").splice("layer.*.fc", method)
+
+
+def randomised(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = randomised(graph().compile())
+    ag.save(model, tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def test_what_training_can_change_is_what_is_saved(saved):
+    folder, model = saved
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(ag.adapter_state(model)) == names
+    assert sorted(os.listdir(folder)) == ["adapter.json", "adapter.safetensors"]
+    text = json.loads((folder / "adapter.json").read_text())
+    assert set(text["tensors"]) == names
+    assert text["unfrozen"] == ["classifier.weight", "classifier.bias"]
+    assert text["splices"][0]["at"] == "layer.*.fc"
+    assert text["splices"][0]["method"] == {"method": "Bottleneck", "size": 4, "activation": "gelu"}
+
+
+@pytest.mark.parametrize("kind", ["model", "graph", "spliced graph", "compiled", "in place"])
+def test_loading_gives_the_same_outputs(saved, kind):
+    folder, model = saved
+    host = base()
+    if kind == "model":
+        loaded = ag.load(host, folder)
+    elif kind == "graph":
+        loaded = ag.load(ag.trace(host, IDS), folder)
+    elif kind == "spliced graph":
+        loaded = ag.load(graph(host), folder)
+    elif kind == "compiled":
+        loaded = graph(host).compile()
+        assert ag.load(loaded, folder) is loaded
+    else:
+        loaded = ag.load(host, folder, inplace=True)
+        assert loaded is host
+    assert torch.equal(loaded.eval()(IDS), model.eval()(IDS))
+    assert ag.graph_of(loaded) == ag.graph_of(model)
+    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(ag.adapter_state(model))
+    if kind != "in place":
+        assert torch.equal(host(IDS), base()(IDS))
+
+
+def test_a_declared_graph_is_saved_and_loaded(tmp_path):
+    x = ag.input("x", shape=("batch", 8))
+    declared = ag.Graph(ag.dense(ag.Adapter.wrap(ag.dense(x, 8, name="fc"), bottleneck_size=2), 3, name="head"))
+    declared = declared.freeze("fc").splice("head", ag.Bottleneck(2, scale="learned"))
+    model = randomised(declared.compile())
+    ag.save(model, tmp_path)
+    other = ag.load(declared, tmp_path)
+    fixed = {n: v for n, v in model.state_dict().items() if n.startswith("fc")}
+    other.load_state_dict({**other.state_dict(), **fixed})
+    value = torch.randn(2, 8)
+    assert torch.equal(other(value), model(value))
+
+
+def test_frozen_bodies_are_saved_and_stay_frozen(tmp_path):
+    frozen = graph().freeze("**.adapter.down", bodies=True)
+    model = frozen.compile()
+    ag.save(model, tmp_path)
+    loaded = ag.load(base(), tmp_path)
+    assert ag.graph_of(loaded).trained == frozen.trained
+    assert not loaded.layer[0]["fc"].adapter.down.weight.requires_grad
+
+
+def test_buffers_of_what_is_trained_are_saved(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = ag.trace(net, torch.ones(2, 4)).unfreeze("1").splice("0", ag.Bottleneck(2)).compile().train()
+    model(torch.randn(8, 4))
+    assert "1.running_mean" in ag.adapter_state(model)
+    ag.save(model, tmp_path)
+    loaded = ag.load(net, tmp_path)
+    assert torch.equal(loaded[1].running_mean, model[1].running_mean)
+    assert not torch.equal(net[1].running_mean, model[1].running_mean)
+
+
+def test_half_precision_bodies_and_shared_storage_can_be_saved(tmp_path):
+    model = graph(base().bfloat16()).compile(dtype=torch.bfloat16)
+    ag.save(model, tmp_path)
+    loaded = ag.load(ag.trace(base().bfloat16(), IDS), tmp_path)
+    assert loaded.layer[0]["fc"].adapter.down.weight.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+def test_a_recipe_does_the_same_to_another_graph():
+    text = graph().recipe()
+    plain = ag.trace(base(), IDS)
+    assert ag.apply(plain, text) == graph()
+    assert ag.apply(plain, json.loads(text)) == graph()
+
+
+def test_a_recipe_written_by_hand(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(
+        '{"format": "adaptergraph.adapter/1", "splices": [{"at": "layer.0.fc", "method": {"method": "Bottleneck"}}]}'
+    )
+    assert list(ag.apply(ag.trace(base(), IDS), path).bodies) == ["layer.0.fc.adapter"]
+    assert list(ag.apply(ag.trace(base(), IDS), str(path)).bodies) == ["layer.0.fc.adapter"]
+
+
+def test_a_recipe_that_means_other_nodes_here():
+    with pytest.raises(ag.StateMismatch, match=r"the selector 'layer\.\*\.fc' means other nodes here"):
+        ag.apply(ag.trace(base(layers=3), IDS), graph().recipe())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the recipe is not readable: the file: Invalid JSON"),
+        ('{"format": "peft"}', "the recipe is not readable: format: Input should be"),
+        ('{"format": "adaptergraph.adapter/1", "spices": []}', "the recipe is not readable: spices: Extra inputs"),
+        (
+            '{"format": "adaptergraph.adapter/1", "splices": [{"at": "fc", "method": {"method": "Botleneck"}}]}',
+            "'fc' is no node of this graph",
+        ),
+        (
+            '{"format": "adaptergraph.adapter/1", "splices": [{"at": "layer.0.fc", "method": {"method": "Botleneck"}}]}',
+            "there is no method 'Botleneck'",
+        ),
+        (
+            '{"format": "adaptergraph.adapter/1",'
+            ' "splices": [{"at": "layer.0.fc", "method": {"method": "Bottleneck", "size": -1}}]}',
+            r"Bottleneck\(size=-1\): Input should be greater than 0",
+        ),
+        (
+            '{"format": "adaptergraph.adapter/1",'
+            ' "splices": [{"at": "layer.0.fc", "name": "x\\");import os", "method": {"method": "Bottleneck"}}]}',
+            "a node cannot be called",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_right(text, message):
+    with pytest.raises(ag.GraphError, match=message):
+        ag.apply(ag.trace(base(), IDS), text)
+
+
+def test_a_method_that_is_code_is_refused_by_name(tmp_path):
+    def mine(site):
+        return site.output + ag.dense(site.output, 16)
+
+    model = ag.trace(base(), IDS).splice("layer.0.fc", mine).compile()
+    with pytest.raises(ag.GraphError, match=r"the method '.*mine' is code of yours"):
+        ag.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------------- files that are wrong
+
+
+def unchanged(call, model):
+    """Runs a load that must fail and shows that the model is as it was."""
+    before = {n: (t.clone(), t.requires_grad) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    classes = {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(ag.GraphError) as caught:
+        call(model)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert list(after) == list(before)
+    assert all(torch.equal(after[n], t) and after[n].requires_grad == g for n, (t, g) in before.items())
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    return caught.value
+
+
+@pytest.fixture(params=["fresh", "in place", "compiled"])
+def loading(request):
+    """The three ways to load, each with the model that must not change."""
+    if request.param == "fresh":
+        return base(), lambda model, folder: ag.load(model, folder)
+    if request.param == "in place":
+        return base(), lambda model, folder: ag.load(model, folder, inplace=True)
+    return graph().compile(), lambda model, folder: ag.load(model, folder)
+
+
+def damage(folder, fn):
+    path = folder / "adapter.safetensors"
+    path.write_bytes(fn(path.read_bytes()))
+
+
+def test_a_truncated_file(saved, loading):
+    folder, _ = saved
+    damage(folder, lambda raw: raw[:-7])
+    model, load = loading
+    error = unchanged(lambda m: load(m, folder), model)
+    assert isinstance(error, ag.StateMismatch)
+    assert "adapter.safetensors is damaged, or not the file that belongs to adapter.json" in str(error)
+    assert error.hint == "copy both files again"
+
+
+def test_a_flipped_bit(saved, loading):
+    folder, _ = saved
+    damage(folder, lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
+    model, load = loading
+    assert "is damaged" in str(unchanged(lambda m: load(m, folder), model))
+
+
+def test_a_pickle_in_place_of_the_tensors(saved, loading):
+    folder, _ = saved
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("touch " + str(folder / "ran"),)
+
+    damage(folder, lambda raw: pickle.dumps(Bomb()))
+    model, load = loading
+    assert "is damaged" in str(unchanged(lambda m: load(m, folder), model))
+    stream = io.BytesIO()
+    torch.save({"x": torch.ones(1)}, stream)
+    damage(folder, lambda raw: stream.getvalue())
+    assert "is damaged" in str(unchanged(lambda m: load(m, folder), model))
+    assert not (folder / "ran").exists()
+
+
+def rewrite(folder, **tensors):
+    """Other tensors, with a checksum that is right: what a person with an editor could do."""
+    import hashlib
+
+    import safetensors.torch
+
+    raw = safetensors.torch.save(tensors)
+    (folder / "adapter.safetensors").write_bytes(raw)
+    text = json.loads((folder / "adapter.json").read_text())
+    text["checksum"] = "sha256:" + hashlib.sha256(raw).hexdigest()
+    (folder / "adapter.json").write_text(json.dumps(text))
+
+
+def test_wrong_shapes_missing_and_foreign_tensors_are_all_named(saved, loading):
+    folder, trained = saved
+    state = ag.adapter_state(trained)
+    state["classifier.weight"] = torch.zeros(3, 17)
+    del state["classifier.bias"]
+    state["layer.0.fc.adaptor.down.weight"] = torch.zeros(1)
+    state["layer.0.fc.weight"] = torch.zeros(16, 16)
+    rewrite(folder, **state)
+    model, load = loading
+    text = str(unchanged(lambda m: load(m, folder), model))
+    assert "the tensors of the adapter do not fit (4 differences)" in text
+    assert "classifier.weight                model [3, 16]" in text.replace("  nearest", "")
+    for part in (
+        "file [3, 17]",
+        "classifier.bias",
+        "file has none",
+        "layer.0.fc.adaptor.down.weight",
+        "layer.0.fc.weight",
+    ):
+        assert part in text
+
+
+def test_an_adapter_of_another_model(saved):
+    folder, _ = saved
+    text = str(unchanged(lambda m: ag.load(m, folder), base(size=24)))
+    assert "the adapter was made for a Encoder with other parameters than this Encoder (6 differences)" in text
+    assert "embed.weight" in text
+    assert "adapter [20, 16]" in text
+    assert "host [20, 24]" in text
+    assert "adapter has none" in str(unchanged(lambda m: ag.load(m, folder), base(layers=3)))
+    assert "host has none" in str(unchanged(lambda m: ag.load(m, folder), base(layers=1)))
+
+
+def test_other_bodies_on_the_model_than_in_the_file(saved):
+    folder, _ = saved
+    other = graph(method=ag.Bottleneck(8)).compile()
+    text = str(unchanged(lambda m: ag.load(m, folder), other))
+    assert "the graph has other splices than the adapter" in text
+    assert "'layer.*.fc': Bottleneck(8)" in text
+    assert "'layer.*.fc': Bottleneck(4, activation='gelu')" in text
+
+
+def test_files_that_are_not_there(tmp_path, saved):
+    folder, _ = saved
+    with pytest.raises(ag.GraphError, match=r"cannot read '.*nowhere/adapter.json': No such file"):
+        ag.load(base(), tmp_path / "nowhere")
+    (folder / "adapter.safetensors").unlink()
+    with pytest.raises(ag.GraphError, match="there is no adapter.safetensors in"):
+        ag.load(base(), folder)
+
+
+def test_a_recipe_is_no_adapter(tmp_path):
+    (tmp_path / "adapter.json").write_text(graph().recipe())
+    with pytest.raises(ag.GraphError, match="is a recipe, without tensors"):
+        ag.load(base(), tmp_path)
+
+
+def test_a_model_without_bodies_cannot_be_saved(tmp_path):
+    with pytest.raises(ag.GraphError, match="this Encoder was not compiled from a graph"):
+        ag.save(base(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_is_a_file(tmp_path, saved):
+    _, model = saved
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ag.GraphError, match="is a file, not a folder"):
+        ag.save(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_nothing_to_save_on_meta(tmp_path):
+    with torch.device("meta"):
+        model = Encoder()
+    compiled = ag.trace(model, IDS).splice("layer.0.fc", METHOD).compile()
+    with pytest.raises(ag.GraphError, match=r"parameter 'layer.0.fc.adapter.down.weight' is on the meta device"):
+        ag.save(compiled, tmp_path / "a")
+
+
+def test_what_cannot_be_traced_again_says_so(tmp_path):
+    class Odd(Encoder):
+        def forward(self, ids, extra):
+            return super().forward(ids)
+
+    torch.manual_seed(0)
+    model = Odd()
+    ag.save(ag.trace(model, IDS, {"a": IDS}).splice("layer.0.fc", METHOD).compile(), tmp_path)
+    with pytest.raises(ag.GraphError, match="the adapter does not say what the model is called with"):
+        ag.load(model, tmp_path)
+    ag.load(ag.trace(model, IDS, {"a": IDS}), tmp_path)
+
+
+def test_load_takes_models_and_graphs(saved):
+    with pytest.raises(ag.GraphError, match="load takes a model or a graph, not str"):
+        ag.load("model", saved[0])
+
+
+# ---------------------------------------------------------------------- crashes
+
+WRITER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import adaptergraph as ag
+from test_storage import graph, randomised
+model = graph(method=ag.Bottleneck(512)).compile()
+print("ready", flush=True)
+for i in range(10_000):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.fill_(i)
+    ag.save(model, sys.argv[1])
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_adapter(tmp_path):
+    """A real process saves over an adapter again and again and is killed at many moments; each time one is whole."""
+    folder = tmp_path / "adapter"
+    model = graph(method=ag.Bottleneck(512)).compile()
+    script = WRITER.format(tests=str(Path(__file__).parent))
+    seen = set()
+    for moment in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        time.sleep(0.05 + 0.013 * moment)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        ag.load(model, folder)
+        values = {float(v) for p in ag.adapter_state(model).values() for v in p.unique()}
+        assert len(values) == 1, "tensors of two saves are mixed"
+        seen |= values
+    assert seen
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_crash_at_every_system_call_leaves_a_whole_adapter(tmp_path, saved, monkeypatch, step):
+    folder, old = saved
+    new = randomised(graph().compile(), seed=2)
+    calls = []
+
+    def dies(name, real):
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == step:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace", "open"):
+            patch.setattr(os, name, dies(name, getattr(os, name)))
+        try:
+            ag.save(new, folder)
+            done = True
+        except KeyboardInterrupt:
+            done = False
+    loaded = ag.load(base(), folder)
+    found = [m for m in (old, new) if torch.equal(loaded(IDS), m.eval()(IDS))]
+    assert found, "neither the old nor the new adapter"
+    if done:
+        assert found == [new]
+    ag.save(new, folder)
+    assert sorted(os.listdir(folder)) == ["adapter.json", "adapter.safetensors"]
+    assert torch.equal(ag.load(base(), folder)(IDS), new.eval()(IDS))
+
+
+def test_equal_predictions_in_a_new_process(saved):
+    folder, model = saved
+    script = textwrap.dedent(
+        f"""
+        import sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import adaptergraph as ag
+        from test_storage import IDS, base
+        print(ag.load(base(), {str(folder)!r}).eval()(IDS).tolist())
+        """
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == model.eval()(IDS).tolist()
