@@ -24,7 +24,7 @@ def collect(outputs: Node | Sequence[Node] | Mapping[str, Node]) -> dict[str, An
     table: dict[str, Node] = {}
     names: dict[Any, str] = {}
     counts: dict[str, int] = {}
-    taken = {node.name for node in order if node.name is not None}
+    taken = {node.name for node in order}
     overrides: dict[str, bool] = {}
     for node in order:
         name = node.name or unnamed(node.op, counts, taken)
@@ -132,9 +132,7 @@ def _line(node: Node) -> str:
     return str(node.source or "–")
 
 
-def with_bodies(
-    table: dict[str, Node], known: Mapping[str, Body]
-) -> tuple[dict[str, Node], dict[str, Body]]:
+def with_bodies(table: dict[str, Node], known: Mapping[str, Body]) -> tuple[dict[str, Node], dict[str, Body]]:
     """The bodies of a table: those that are known and whole, and those that `Adapter.wrap` made.
 
     Nodes of a body that is no longer whole are nodes like others.
@@ -208,7 +206,7 @@ def _check_children(graph: Graph) -> None:
     for name, node in graph._nodes.items():
         for prefix in prefixes(name):
             owner = graph._nodes.get(prefix)
-            if owner is None or not owner.params and owner.op != "constant":
+            if owner is None or (not owner.params and owner.op != "constant"):
                 continue
             part = name.removeprefix(prefix + ".").partition(".")[0]
             own = {p.partition(".")[0] for p in owner.params}
@@ -239,4 +237,3 @@ def _check_modules(graph: Graph) -> None:
                     source=node.source,
                     hint="give each a module of its own: copy.deepcopy(module)",
                 )
-

@@ -8,7 +8,7 @@ from typing import Any
 
 from .collect import refuse_taken, remaining, unnamed, with_bodies
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
-from .graph import Body, Graph, prefixes
+from .graph import Graph, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
@@ -148,14 +148,13 @@ def _swapped(graph: Graph, old: str, node: Node) -> Graph:
     }
     place = [n for x in graph._nodes for n in ([*([old] if stays else []), *new] if x == old else [x])]
     table = in_order(kept | new, _inputs_first(kept | new, place), source)
-    outputs = map_outputs(graph.outputs, {old: final}.get)
-    overrides = {p: t for p, t in graph._overrides.items() if p not in {q for x in new.values() for q in x.param_names()}}
+    outputs = map_outputs(graph.outputs, {old: final})
+    fresh = {p for x in new.values() for p in x.param_names()}
+    overrides = {p: t for p, t in graph._overrides.items() if p not in fresh}
     return _pruned(graph, table, outputs, overrides)
 
 
-def _added(
-    table: Mapping[str, Node], order: list[Node], node: Node, free: str
-) -> tuple[dict[str, Node], str]:
+def _added(table: Mapping[str, Node], order: list[Node], node: Node, free: str) -> tuple[dict[str, Node], str]:
     """The new nodes with names, and the name of the last; it takes the free name if it has none."""
     new: dict[str, Node] = {}
     names: dict[int, str] = {}
@@ -214,7 +213,7 @@ def rename(graph: Graph, old: str | Node, new: str) -> Graph:
     params = dict(zip(node.param_names(), nodes[new].param_names(), strict=True))
     return graph._with(
         nodes=nodes,
-        outputs=map_outputs(graph.outputs, {name: new}.get),
+        outputs=map_outputs(graph.outputs, {name: new}),
         overrides={params.get(p, p): t for p, t in graph._overrides.items()},
     )
 

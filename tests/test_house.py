@@ -25,6 +25,7 @@ FLOORS = {
     "blocks": 3,
     "methods": 3,
     "trace": 4,
+    "record": 4,
     "hosted": 4,
     "lower": 4,
     "sites": 4,
@@ -34,6 +35,7 @@ FLOORS = {
     "storage": 5,
     "view": 6,
     "draw": 6,
+    "batches": 7,
     "fit": 7,
 }
 
@@ -48,14 +50,14 @@ UPWARD = {
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "fit", "surgery"},
+    | {"storage", "batches", "fit", "surgery", "record"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
     "rich": {"draw", "fit"},
-    "accelerate": {"fit"},
+    "accelerate": {"fit", "batches"},
 }
 LAZY = {"rich", "graphviz", "pygraphviz", "accelerate", "networkx", "transformers"}
 
