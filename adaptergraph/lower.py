@@ -38,10 +38,12 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
     sizes: dict[str, Any] = {}
     for (name, shape, dtype), value in zip(inputs.specs, values, strict=True):
         if not isinstance(value, Tensor):
+            _plainly(f"input {name!r} is no tensor")
             what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
             raise GraphError(f"input {name!r} {what}", node=name, hint=f"call model({name}=…)")
         both_floats = dtype.is_floating_point and value.is_floating_point()
         if value.dtype != dtype and not (both_floats and torch.is_autocast_enabled(value.device.type)):
+            _plainly(f"input {name!r} has another dtype than declared: {dtype}")
             raise ShapeMismatch(
                 f"input {name!r} has another dtype than declared",
                 node=name,
@@ -55,14 +57,24 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
             elif want_size is not None:
                 fits = fits and want_size == size
         if not fits:
-            known = ", ".join(f"{k} = {v}" for k, v in sizes.items())
+            _plainly(f"input {name!r} has another shape than declared: {format_shape(shape)}")
             raise ShapeMismatch(
                 f"input {name!r} has another shape than declared",
                 node=name,
-                sides=[("declared", format_shape(shape)), ("given", format_shape(tuple(value.shape)))]
-                + ([("where", known)] if known else []),
-                hint="one name of a size stands for one size in all inputs",
+                sides=_both_shapes(shape, value, sizes),
+                hint=f"give a tensor of {len(shape)} dimensions with these sizes; a name is one size in all inputs",
             )
+
+
+def _plainly(message: str) -> None:
+    """The error for `torch.compile(fullgraph=True)`, which can trace no other; without `fullgraph` ours follows."""
+    if torch.compiler.is_compiling():
+        raise ValueError(message)
+
+
+def _both_shapes(shape: Shape, value: Tensor, sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    rows = [("declared", format_shape(shape)), ("given", format_shape(tuple(value.shape)))]
+    return rows + ([("where", ", ".join(f"{k} = {v}" for k, v in sizes.items()))] if sizes else [])
 
 
 class CompiledGraph(torch.fx.GraphModule):

@@ -1,7 +1,7 @@
 """What comes out of an op, found by running it on fake tensors. Floor 2; no shape rule is written by hand.
 
-Named sizes are stood in for by large primes, twice with different ones: what equals the stand-in of `batch` both times
-is `batch`. Results are kept by op, options and input shapes, so a repeated layer costs nothing.
+Named sizes are stood in for by primes, twice with different ones: what equals the stand-in of `batch` both times is
+`batch`. Results are kept by op, options and input shapes, so a repeated layer costs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.func import functional_call
 from .errors import ShapeMismatch, Source
 from .node import Node, Param, Shape, format_shape
 
-_PRIMES = ((10007, 10009, 10037, 10039, 10061, 10067), (20011, 20021, 20023, 20029, 20047, 20051))
+# small enough for position tables of 512, in two orders, so that no simple sum or product of one is another both times
+_PRIMES = ((211, 233, 263, 283, 313, 337), (401, 509, 443, 487, 379, 461))
 _MEMO: dict[Any, Spec] = {}
 
 
@@ -151,7 +152,7 @@ def _stand_ins(values: Sequence[Value], primes: Sequence[int]) -> dict[Any, int]
                 found[key] = key
             elif key not in found:
                 used = sum(1 for k in found if not isinstance(k, int))
-                found[key] = primes[used] if used < len(primes) else primes[-1] + 2 * used
+                found[key] = primes[used] if used < len(primes) else primes[-1] * used
     return found
 
 
@@ -173,15 +174,12 @@ def _refused(
     name: str | None,
     error: Exception,
 ) -> ShapeMismatch:
-    names = {
-        size: key if isinstance(key, str) else "?"
-        for primes in _PRIMES
-        for key, size in _stand_ins(values, primes).items()
-        if not isinstance(key, int)
-    }
-    text = re.sub(
-        r"\d+", lambda m: names.get(int(m[0]), m[0]), str(error).strip().splitlines()[0] if str(error) else ""
-    )
+    names: dict[int, str] = {}
+    for primes in _PRIMES:
+        sizes = _stand_ins(values, primes)
+        names.update({s: k if isinstance(k, str) else "?" for k, s in sizes.items() if s not in sizes})
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = re.sub(r"\d+", lambda m: names.get(int(m[0]), m[0]), first)
     shown = [(k, repr(v)) for k, v in options.items() if isinstance(v, str | int | float | tuple)]
     return ShapeMismatch(
         f"{op} {name!r} does not fit what it reads" if name else f"{op} does not fit what it reads",
@@ -192,7 +190,7 @@ def _refused(
                 for i, v in zip(inputs, values, strict=True)
             ),
             *(("option", k, v) for k, v in shown),
-            ("because", text or type(error).__name__),
+            ("because", text),
         ],
         source=source,
         hint="change the option, or what the node reads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,8 @@ class HostText(Strict):
 
     cls: str
     parameters: dict[str, list[int]]
+    structure: str | None = None
+    values: str | None = None
     example: dict[str, dict[str, Any]] | None = None
 
 
@@ -158,6 +161,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "host": {
             "cls": host.imported.cls if host.imported is not None else "Graph",
             "parameters": {n: list(p.shape) for n, p in own.items()},
+            "structure": _structure(host),
+            "values": _values(model, graph),
             "example": host.imported.example if host.imported is not None else None,
         },
         "tensors": {n: list(t.shape) for n, t in state.items()},
@@ -236,6 +241,7 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
     _check_tensors(spliced, data, state)
     if model is None:
         model = spliced.compile(inplace=inplace)
+    _warn_of_another_base(model, spliced, data)
     load_values(model, state, str(folder))
     return model
 
@@ -348,13 +354,50 @@ def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor])
     for name in state:
         if name not in needed and (name in graph.params or name.rpartition(".")[0] not in owners):
             close = nearest(name, needed)
-            wrong.append((name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}"))
+            wrong.append(
+                (name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}")
+            )
     if wrong:
         _mismatch("the tensors of the adapter do not fit", wrong)
+
+
+def _structure(host: Graph) -> str:
+    """A fingerprint of which modules or ops the host is made of."""
+    if host.imported is not None:
+        parts: list[Any] = [(path, module.cls) for path, module in host.imported.modules.items()]
+    else:
+        parts = [(node.name, node.op, node.inputs) for node in host.nodes()]
+    return _checksum(json.dumps(parts).encode())
+
+
+def _values(model: nn.Module, graph: Graph) -> str | None:
+    """A fingerprint of the frozen values: sixteen of each tensor, in bfloat16, so that a rounded base is the same."""
+    own = dict(model.named_parameters())
+    frozen = [own[n].detach() for n in sorted(graph.params) if n in own and not graph.trained[n] and own[n].numel()]
+    if any(t.is_meta for t in frozen):
+        return None
+    digest = hashlib.sha256()
+    for tensor in frozen:
+        flat = tensor.flatten()
+        picked = flat[torch.linspace(0, flat.numel() - 1, 16, device=flat.device).long()]
+        digest.update(picked.to("cpu", torch.float32).bfloat16().view(torch.int16).numpy().tobytes())
+    return "sha256:" + digest.hexdigest()
+
+
+def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> None:
+    """Shapes that fit do not make it the same base; whether it serves is for the user to say."""
+    assert data.host is not None
+    if data.host.structure is not None and data.host.structure != _structure(_without_splices(graph)):
+        warnings.warn(f"the adapter was trained on a {data.host.cls} with modules of other classes", stacklevel=3)
+    elif None not in (data.host.values, found := _values(model, graph)) and data.host.values != found:
+        warnings.warn(
+            f"the adapter was trained on a {data.host.cls} with other frozen weights than these", stacklevel=3
+        )
 
 
 def _mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
     shown: list[tuple[str, ...]] = [*wrong[:12]]
     if len(wrong) > 12:
         shown.append((f"… and {len(wrong) - 12} more",))
-    raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here())
+    hint = "load it onto the base it was saved from"
+    raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here(), hint=hint)

@@ -26,8 +26,8 @@ OUT = Path("out")
 
 
 def read(path):
-    rows = [line.rstrip("\n").split("\t", 1) for line in open(path, encoding="utf-8") if "\t" in line]
-    return [(label, text) for label, text in rows]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t", 1)) for line in lines if "\t" in line]
 
 
 def split(rows, seed=0):
@@ -63,7 +63,7 @@ def load_in_new_process(folder, data_file, labels, test):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="your own labelled sentences: label<TAB>text")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--predict", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
 

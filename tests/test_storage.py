@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,8 @@ def test_a_recipe_that_means_other_nodes_here():
             "'fc' is no node of this graph",
         ),
         (
-            '{"format": "adaptergraph.adapter/1", "splices": [{"at": "layer.0.fc", "method": {"method": "Botleneck"}}]}',
+            '{"format": "adaptergraph.adapter/1",'
+            ' "splices": [{"at": "layer.0.fc", "method": {"method": "Botleneck"}}]}',
             "there is no method 'Botleneck'",
         ),
         (
@@ -313,6 +315,25 @@ def test_an_adapter_of_another_model(saved):
     assert "host has none" in str(unchanged(lambda m: ag.load(m, folder), base(layers=1)))
 
 
+def test_a_base_with_other_weights_gets_a_warning(saved):
+    folder, _ = saved
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="trained on a Encoder with other frozen weights than these"):
+        ag.load(Encoder(), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ag.load(base(), folder)
+        ag.load(ag.trace(base().bfloat16(), IDS), folder)
+
+
+def test_a_base_of_other_modules_gets_a_warning(saved):
+    folder, _ = saved
+    other = base()
+    other.embed.__class__ = type("Another", (nn.Embedding,), {})
+    with pytest.warns(UserWarning, match="trained on a Encoder with modules of other classes"):
+        ag.load(other, folder)
+
+
 def test_other_bodies_on_the_model_than_in_the_file(saved):
     folder, _ = saved
     other = graph(method=ag.Bottleneck(8)).compile()
@@ -327,7 +348,7 @@ def test_files_that_are_not_there(tmp_path, saved):
     with pytest.raises(ag.GraphError, match=r"cannot read '.*nowhere/adapter.json': No such file"):
         ag.load(base(), tmp_path / "nowhere")
     (folder / "adapter.safetensors").unlink()
-    with pytest.raises(ag.GraphError, match="there is no adapter.safetensors in"):
+    with pytest.raises(ag.GraphError, match=r"there is no adapter\.safetensors in"):
         ag.load(base(), folder)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..view import Box, Frame, Link, View, bar, legend, number, per_member, shape_text
+from ..view import Box, Frame, Link, View, bar, holds, legend, number, plain, shape_text
 
 FROZEN, TRAINED = "#E8EDF2", "#FF8A1F"
 _GREY, _DARK, _TEXT, _FAINT, _BROWN, _BLACK = "#B4C0CC", "#1F2933", "#475462", "#6B7785", "#B24F00", "#241000"
@@ -60,6 +60,12 @@ class _Digraph:
             else:
                 frames.pop()
         self.entries = self._entries()
+        self.dots: dict[str, list[_Entry]] = {}
+        for entry in dict.fromkeys(self.entries.values()):
+            self.dots.setdefault(entry.frame.name, []).append(entry)
+        self.reached: set[_Entry] = set()
+        passed = [link.target for link in view.links if link.kind == "residual"]
+        self.past = {frame.name for name in passed for frame in self.around[name]}
 
     def lines(self) -> Iterator[str]:
         """The text, line by line."""
@@ -102,7 +108,8 @@ class _Digraph:
             if w
         )
         frozen, new = legend(totals)
-        numbers = _font(frozen, 12, _TEXT, bold=True) + _font("    ", 12, _DARK) + _font(new, 12, _BROWN, bold=True)
+        numbers = _font(frozen, 12, _TEXT, bold=True) + _font("    ", 12, _DARK)
+        numbers += _font(new, 12, _BROWN if totals.trained else _FAINT, bold=True)
         rows = [
             words + _font(marked, 20, _DARK, bold=True),
             f'<TABLE ALIGN="LEFT" FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="9" {_BARE} CELLPADDING="0">'
@@ -111,7 +118,8 @@ class _Digraph:
             else "",
             numbers if totals.total else "",
         ]
-        return _table("".join(f'<TR><TD ALIGN="LEFT">{row}</TD></TR>' for row in rows if row), "2")
+        room = '<TR><TD HEIGHT="12"></TD></TR>'
+        return _table("".join(f'<TR><TD ALIGN="LEFT">{row}</TD></TR>' for row in rows if row) + room, "2")
 
     # ------------------------------------------------------------------ boxes
 
@@ -147,17 +155,15 @@ class _Digraph:
             style = f'margin=14, style="rounded,filled{dashes}", color="#8D9AA8", fillcolor="#FAFBFC", penwidth=1.4'
         yield f"subgraph {_quoted('cluster ' + frame.name)} {{"
         yield f"  graph [{style}, labelloc=t, labeljust=l, label=<{self._caption(frame)}>]"
-        for entry in dict.fromkeys(e for e in self.entries.values() if e.frame is frame):
+        for entry in self.dots.get(frame.name, ()):
             colour = _BROWN if frame.added else "#9AA7B4"
-            yield (
-                f'  {_quoted(entry.name)} [shape=circle, fixedsize=true, width=0.09, style=filled, fillcolor="{colour}", '
-                f'color="{colour}", label="", tooltip={_quoted(entry.source)}]'
-            )
+            dot = f'shape=circle, fixedsize=true, width=0.09, style=filled, fillcolor="{colour}", color="{colour}"'
+            yield f'  {_quoted(entry.name)} [{dot}, label="", tooltip={_quoted(entry.source)}]'
 
     def _caption(self, frame: Frame) -> str:
         if frame.kind != "run":
             return _open_caption(frame)
-        frozen, trained = per_member(frame.sums)
+        frozen, trained = holds(frame.sums, frame.count)
         words = [
             _font(" " + frame.title, 13, _DARK, bold=True),
             _font("  " + frozen, 11, _TEXT) if frozen else "",
@@ -168,9 +174,8 @@ class _Digraph:
             below = "".join(f'<TR><TD ALIGN="LEFT" COLSPAN="2">{word}</TD></TR>' for word in words[1:] if word)
             return _table(f'<TR>{pill}<TD ALIGN="LEFT">{words[0]}</TD></TR>{below}', "3")
         cells = "".join(f"<TD>{word}</TD>" for word in words if word)
-        past = any(link.kind == "residual" and frame in self.around[link.target] for link in self.view.links)
         # room below the words: residuals are drawn there
-        room = '<TR><TD HEIGHT="20"></TD></TR>' if past else ""
+        room = '<TR><TD HEIGHT="20"></TD></TR>' if frame.name in self.past else ""
         return _table(f"<TR>{pill}{cells}</TR>{room}", "3")
 
     # ------------------------------------------------------------------ links
@@ -201,8 +206,8 @@ class _Digraph:
         label = self._label_of(link)
         entry = self.entries.get((link.source, link.target))
         if entry is not None:
-            first = next(pair for pair, other in self.entries.items() if other is entry)
-            if first == (link.source, link.target):
+            if entry not in self.reached:
+                self.reached.add(entry)
                 rewired = entry.frame.added or self.boxes[link.source].added
                 style = _style("plain", rewired)
                 yield f"{source} -> {_quoted(entry.name)} [{style}, arrowhead=none{label}]"
@@ -217,7 +222,7 @@ class _Digraph:
         source = self.boxes[link.source]
         shape = shape_text(source.shape).replace(" ", "") if source.widths and "open" in around else ""
         words = "  ".join(word for word in (link.label, shape) if word)
-        return f', label=<{_spaces(2)}{_escaped(words)}{_spaces(2)}>' if words and link.kind == "plain" else ""
+        return f", label=<{_spaces(2)}{_escaped(words)}{_spaces(2)}>" if words and link.kind == "plain" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +268,8 @@ def _words(box: Box) -> tuple[str, str]:
     """What it does, and what it holds."""
     detail = box.detail if box.detail != box.title else ""
     many = f"× {box.count}" if box.count > 1 else ""
-    holds = number(box.sums.total) if box.sums.total else ""
-    return " · ".join(w for w in (many, detail) if w), " · ".join(w for w in (holds, box.note) if w)
+    size = number(box.sums.total) if box.sums.total else ""
+    return " · ".join(w for w in (many, detail) if w), " · ".join(w for w in (size, box.note) if w)
 
 
 def _partly(box: Box) -> str:
@@ -273,10 +278,10 @@ def _partly(box: Box) -> str:
 
 
 def _card(box: Box, look: _Look, plus: str) -> str:
-    detail, holds = _words(box)
+    detail, size = _words(box)
     rows = [_row(_font(line, 13, look.text, bold=True)) for line in _titles(plus + box.title)]
     rows += [_row(_font(detail, 10, look.text))] if detail else []
-    rows += [_row(_font(holds, 11, look.text, bold=True))] if holds else []
+    rows += [_row(_font(size, 11, look.text, bold=True))] if size else []
     if _partly(box):
         rows.append(_row(_font(_partly(box), 10, _BROWN, bold=True)))
     thin = '<TR><TD HEIGHT="2" CELLPADDING="0"></TD></TR>'
@@ -286,8 +291,8 @@ def _card(box: Box, look: _Look, plus: str) -> str:
 
 def _flat(box: Box, look: _Look, plus: str) -> str:
     """A box for a picture that goes down: a trapezium if it changes the width."""
-    detail, holds = _words(box)
-    below = "   ".join(w for w in (detail, holds) if w)
+    detail, size = _words(box)
+    below = "   ".join(w for w in (detail, size) if w)
     if not box.sums.total and not box.note:
         return _pill(" · ".join(dict.fromkeys((box.title, below))) if below else box.title, look)
     titles = _titles(plus + box.title, 30)
@@ -332,17 +337,17 @@ def _label(box: Box) -> str:
 
 def _open_caption(frame: Frame) -> str:
     lines = [_font(("+ " if frame.added else "") + frame.title, 13, _BROWN if frame.added else _DARK, bold=True)]
-    frozen, trained = legend(frame.sums)
-    lines += [_font(frozen, 11, _TEXT)] if frame.sums.frozen else []
-    trained = trained if frame.sums.frozen else f"{number(frame.sums.trained)} trained"
-    lines += [_font(trained, 11, _BROWN)] if frame.sums.trained else []
+    frozen, trained = holds(frame.sums)
+    lines += [_font(frozen, 11, _TEXT)] if frozen else []
+    lines += [_font(trained, 11, _BROWN)] if trained else []
     return _table("".join(f'<TR><TD ALIGN="LEFT">{line}</TD></TR>' for line in lines), "1")
 
 
 def _stack(name: str) -> Iterable[str]:
     """Two empty frames around what follows: a stack of equal things."""
     for i, colour in ((2, "#DDE4EA"), (1, "#C6D0DA")):
-        yield f'subgraph {_quoted(f"cluster {name} {i}")} {{ graph [label="", margin=6, style=rounded, color="{colour}"]'
+        yield f"subgraph {_quoted(f'cluster {name} {i}')} {{"
+        yield f'  graph [label="", margin=6, style=rounded, color="{colour}"]'
 
 
 def _table(rows: str, padding: str) -> str:
@@ -366,11 +371,10 @@ def _spaces(count: int) -> str:
 
 def _escaped(text: str) -> str:
     """Text for an HTML-like label; spaces at the ends and in rows are kept."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return html.escape(plain).replace("  ", "&nbsp;&nbsp;").replace("> ", ">&nbsp;")
+    return html.escape(plain(text)).replace("  ", "&nbsp;&nbsp;").replace("> ", ">&nbsp;")
 
 
 def _quoted(text: str) -> str:
     """Text for a quoted string; a new line stays one."""
-    plain = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    return '"' + plain.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    lines = [plain(line).replace("\\", "\\\\").replace('"', '\\"') for line in text.split("\n")]
+    return '"' + "\\n".join(lines) + '"'

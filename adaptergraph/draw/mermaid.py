@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..view import Box, Frame, Link, View, legend, number, per_member, shape_text
+from ..view import Box, Frame, Link, View, holds, legend, number, plain, shape_text
 
 _CLASSES = """\
   classDef frozen fill:#E8EDF2,stroke:#B4C0CC,color:#475462
@@ -30,7 +30,7 @@ def to_mermaid(view: View) -> str:
     for i, (kind, item) in enumerate(view.rows):
         pad = "  " * depth
         if isinstance(item, Box):
-            lines.append(f"{pad}{ids[item.name]}{_shape(item)}:::{_class(item)}")
+            lines.append(f"{pad}{ids[item.name]}{_shape(item)}")
         elif kind == "start":
             lines += [f'{pad}subgraph f{i}["{_frame(item)}"]', f"{pad}  direction {'TB' if view.tall else 'LR'}"]
             depth += 1
@@ -38,6 +38,7 @@ def to_mermaid(view: View) -> str:
             depth -= 1
             lines.append("  " * depth + "end")
     lines += [f"  {ids[link.source]} {_arrow(link)} {ids[link.target]}" for link in view.links]
+    lines += _classes(view, ids)
     rewired = [str(i) for i, link in enumerate(view.links) if link.rewired]
     if rewired:
         lines.append(f"  linkStyle {','.join(rewired)} stroke:#FF8A1F,stroke-width:3px")
@@ -64,22 +65,26 @@ def _shape(box: Box) -> str:
     return f'["{text}"]'
 
 
+def _classes(view: View, ids: dict[str, str]) -> list[str]:
+    """One line for each class, with the boxes that have it."""
+    members: dict[str, list[str]] = {}
+    for box in view.boxes():
+        members.setdefault(_class(box), []).append(ids[box.name])
+    members["added"] = [ids[box.name] for box in view.boxes() if box.added]
+    members["marked"] = [ids[box.name] for box in view.boxes() if box.marked]
+    return [f"  class {','.join(names)} {kind}" for kind, names in members.items() if names]
+
+
 def _class(box: Box) -> str:
-    if not box.sums.total:
-        kind = "plain"
-    elif not box.sums.trained:
-        kind = "frozen"
-    else:
-        kind = "partly" if box.sums.frozen else "trained"
-    return kind + (",added" if box.added else "") + (",marked" if box.marked else "")
+    if not box.sums.trained:
+        return "frozen" if box.sums.total else "plain"
+    return "partly" if box.sums.frozen else "trained"
 
 
 def _frame(frame: Frame) -> str:
-    if frame.kind == "run":
-        words = [f"× {frame.count}", frame.title, *(part for part in per_member(frame.sums) if part)]
-    else:
-        words = [("+ " if frame.added else "") + frame.title, *(legend(frame.sums) if frame.sums.total else ())]
-    return _escaped(" · ".join(words))
+    many = f"× {frame.count}" if frame.kind == "run" else ""
+    title = ("+ " if frame.added else "") + frame.title
+    return _escaped(" · ".join(word for word in (many, title, *holds(frame.sums, frame.count)) if word))
 
 
 def _arrow(link: Link) -> str:
@@ -89,7 +94,7 @@ def _arrow(link: Link) -> str:
 
 def _escaped(text: str) -> str:
     """Text in quotes: nothing in it can end the quotes or be taken for HTML."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
+    safe = plain(text)
     for char, entity in (("#", "#35;"), ("&", "#38;"), ('"', "#quot;"), ("<", "#lt;"), (">", "#gt;")):
-        plain = plain.replace(char, entity)
-    return plain
+        safe = safe.replace(char, entity)
+    return safe

@@ -1,4 +1,4 @@
-"""A view → a file or a notebook picture: through pygraphviz, else `dot` on the PATH, else as text with a word of help."""
+"""A view → a file or a notebook picture: by pygraphviz, else by `dot` on the PATH, else as text with a word of help."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..view import Box, Frame, View, bar, legend, number, per_member, shape_text
+from ..view import Box, View, bar, holds, legend, number, plain, shape_text
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -36,6 +36,16 @@ class Table:
     >>> import adaptergraph as ag
     >>> x = ag.input("x", shape=("batch", 8))
     >>> print(ag.Graph(ag.Adapter.wrap(ag.dense(x, 8, name="fc"), bottleneck_size=2)).freeze().summary())
+     declared graph + adapter
+     ...
+       node      op           out shape  params
+     ──────────────────────────────────────────────────
+       x         input        batch×8         –
+       fc        dense 8 → 8  batch×8        72  frozen
+     + adapter   8 → 2 → 8    batch×8        42  trained
+       output    output       batch×8         –
+     ──────────────────────────────────────────────────
+     6 nodes, 4 shown · graph.summary(fold=False) shows all
     """
 
     def __init__(self, view: View) -> None:
@@ -77,7 +87,7 @@ class Table:
 
     def _head(self) -> Iterator[tuple[str, str]]:
         totals = self.view.totals
-        yield shortened(" " + " + ".join([self.view.title, *self.view.added]), WIDTH), "bold"
+        yield shortened(plain(" " + " + ".join([self.view.title, *self.view.added])), WIDTH), "bold"
         if totals.total:
             trained = bar(totals.trained, totals.total, _BAR, 1)
             yield " " + "█" * (_BAR - trained) + "▒" * trained, ""
@@ -97,16 +107,24 @@ class Table:
                 around += "│ "
             else:
                 around = around[:-2]
-                yield _Line(f" {around}╰ ", (_sums(item),), "dim")
+                sums = "  ".join(part for part in holds(item.sums, item.count) if part)
+                yield _Line(f" {around}╰ ", (sums,), "dim")
 
 
 def _row(box: Box, around: str) -> _Line:
     sign = "+" if box.added else "▸" if box.marked else " "
     many = f"× {box.count} · " if box.count > 1 else ""
-    holds = number(box.sums.total) if box.sums.total else "–"
-    what = box.op if box.op == box.kind or "norm" in box.op.lower() else box.detail or box.op
-    cells = (box.path, many + what, shape_text(box.shape).replace(" ", ""), holds, _state(box))
+    size = number(box.sums.total) if box.sums.total else "–"
+    cells = (box.path, many + _what(box), shape_text(box.shape).replace(" ", ""), size, _state(box))
     return _Line(f" {around}{sign} ", cells, "dark_orange" if box.sums.trained else "")
+
+
+def _what(box: Box) -> str:
+    """The op, with its widths if there is room."""
+    if "→" not in box.detail:
+        return box.op
+    both = f"{box.op} {box.detail}"
+    return box.detail if (box.added and box.op == "body") or len(both) > _LIMITS[0] else both
 
 
 def _state(box: Box) -> str:
@@ -119,20 +137,13 @@ def _state(box: Box) -> str:
     return f"{number(sums.trained)} trained" if sums.frozen else "trained"
 
 
-def _sums(frame: Frame) -> str:
-    if frame.kind == "run":
-        return "  ".join(part for part in per_member(frame.sums) if part)
-    frozen, trained = legend(frame.sums)
-    return f"{frozen}  {trained}" if frame.sums.total else ""
-
-
 def _text(line: _Line, edge: int, widths: list[int]) -> str:
     """The line, laid out; the numbers end where their column ends."""
     before = line.before.ljust(edge)
     if len(line.cells) == 1:
         room = sum(widths) + len(_GAP) * (len(widths) - 1)
         return (line.before + shortened(line.cells[0], room).rjust(edge + room - len(line.before))).rstrip()
-    cells = [shortened(cell, width) for cell, width in zip(line.cells, widths, strict=True)]
+    cells = [shortened(plain(cell), width) for cell, width in zip(line.cells, widths, strict=True)]
     laid = [c.rjust(w) if i == 3 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
     return shortened((before + _GAP.join(laid)).rstrip(), WIDTH)
 

@@ -1,11 +1,13 @@
-"""From nodes to boxes and links: one walk in topological order, in which everything hidden vanishes into its neighbours.
+"""From nodes to boxes and links: one walk in topological order, in which what is hidden vanishes into its neighbours.
 
-A node belongs to the closed item around it. Outside of closed items, an operation that only hands on one value vanishes;
-one that joins several becomes a join, and a norm takes in the add before it. Every link is an edge of the graph.
+A node belongs to the closed item around it. Outside of closed items, an operation that only hands on one value
+vanishes; one that joins several becomes a join, and a norm takes in the add before it. Every link is an edge of the
+graph, or a chain of edges through what vanished.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +20,7 @@ from .outline import Item, Outline
 Kind = Literal["plain", "residual", "side", "again"]
 ADDS = frozenset({"add", "add_", "iadd", "radd"})
 _SILENT = ("dropout", "identity")
+_CALL = re.compile(r"@\d+")
 
 
 @dataclass(slots=True, eq=False)
@@ -32,9 +35,9 @@ class Draft:
     each: bool = False
     nodes: list[str] = field(default_factory=list)
     joins: list[str] = field(default_factory=list)
-    sums: Sums = Sums()
+    sums: Sums = field(default_factory=Sums)
     norm: str = ""
-    called: bool = True
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -117,10 +120,18 @@ class Boxes:
         return node.op == "output" or node.shape == self.graph._nodes[node.inputs[0]].shape
 
     def _loose(self, i: int, name: str, node: Node, item: Item) -> None:
+        again = self.box_of.get(_CALL.sub("", name)) if "@" in name else None
+        if again is not None and _CALL.sub("", name) in again.nodes:
+            # the same operation in a further call of the module around it
+            self._join(name, again)
+            self._read(node, again)
+            return
         data = self._sources(node)
-        own = name in self.special or any(True for _ in self.outline.params_of.get(name, ()))
+        params = self.outline.params_of.get(name, ())
+        own = name in self.special or bool(params)
         if own or len(data) > 1:
             draft = self._join_of(i, name, item, data, own)
+            draft.kind = "box" if params else draft.kind
             draft.joins.append(node.op)
             self._join(name, draft)
             self._read(node, draft)
@@ -192,7 +203,7 @@ class Boxes:
                 edge.kind = kind
 
     def _settle(self) -> None:
-        """What only all links together tell: a residual has a source with another reader; a side link has one beside it."""
+        """What only all links together tell: a residual goes past something, and a side link has a value beside it."""
         readers: dict[Draft, int] = {}
         reads: dict[Draft, list[Edge]] = {}
         for (source, target), edge in self.edges.items():
@@ -231,7 +242,8 @@ class Boxes:
             draft = self.drafts.get(name)
             if draft is None:
                 last = len(self.graph) + len(self.drafts)
-                draft = self.drafts[name] = Draft(name, item, "box", last, called=False)
+                note = "never called" if name == item.path else "never read"
+                draft = self.drafts[name] = Draft(name, item, "box", last, note=note)
             draft.sums += self.outline.sums_of(param)
 
     def shape_of(self, draft: Draft) -> Shape | None:

@@ -94,8 +94,8 @@ class Link:
     """A value that goes from one box to another.
 
     Attributes:
-        kind: `"plain"`; `"residual"` (past other boxes into an add); `"side"` (a mask, positions,
-            conditions: beside the value that the box works on); `"again"` (back, into a further call of the same module).
+        kind: `"plain"`; `"residual"` (past other boxes into an add); `"side"` (a mask, positions, conditions: beside
+            the value that the box works on); `"again"` (back, into a further call of the same module).
         rewired: it leads into or out of a body.
         label: what it passes without being shown, such as an activation.
     """
@@ -151,13 +151,18 @@ def number(count: int) -> str:
     """
     if count < 1000:
         return str(count)
-    value, unit = float(count), ""
-    for unit in ("K", "M", "B", "T"):
+    units = ["K", "M", "B", "T"]
+    value = count / 1000
+    while value >= 999.5 and len(units) > 1:
         value /= 1000
-        if value < 999.5:
-            break
+        del units[0]
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"
+    return f"{value:.{digits}f} {units[0]}"
+
+
+def plain(text: str) -> str:
+    """Text on one line: what cannot be printed becomes a space."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def shape_text(shape: Shape | None) -> str:
@@ -191,13 +196,17 @@ def percent(part: int, whole: int) -> str:
     return "> 99.9 %" if 99.95 <= share < 100 else f"{share:.1f} %"
 
 
-def per_member(sums: Sums) -> tuple[str, str]:
-    """What each member of a run holds: the frozen part in words, the trained part in words (either may be empty)."""
-    frozen = f"each {number(sums.frozen)} frozen" if sums.frozen else ""
-    new = f"+ {number(sums.new)} new" if sums.new else ""
-    unfrozen = f"{number(sums.unfrozen)} trained" if sums.unfrozen else ""
-    trained = ", ".join(t for t in (new, unfrozen) if t)
-    return frozen, trained if frozen or not trained else f"each {trained}"
+def holds(sums: Sums, count: int = 1) -> tuple[str, str]:
+    """What a frame holds: the frozen part and the trained part in words; either may be empty.
+
+    >>> holds(Sums(frozen=7_090_000, new=198_000), count=12)
+    ('each 7.09 M frozen', '+ 198 K new')
+    """
+    each = "each " if count > 1 else ""
+    frozen = f"{each}{number(sums.frozen)} frozen" if sums.frozen else ""
+    parts = [f"+ {number(sums.new)} new"] if sums.new else []
+    parts += [f"{number(sums.unfrozen)} trained"] if sums.unfrozen else []
+    return frozen, (each if parts and not frozen else "") + ", ".join(parts)
 
 
 def bar(part: int, whole: int, width: int, least: int) -> int:

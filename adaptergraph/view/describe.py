@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from ..graph import Body, Graph
 from .boxes import ADDS, Boxes, Draft
@@ -33,17 +34,17 @@ class Describe:
             frame: the innermost frame around it.
             singles: the runs it stands for alone.
         """
-        prefix = frame.prefix() if isinstance(frame, Run) else frame.path if frame is not None else ""
+        prefix = prefix_of(frame)
         runs = [run for run in singles if isinstance(run, Run)]
         count = 1
         for run in runs:
             count *= len(run.units)
-        path = _relative(draft.name, prefix)
+        path = relative(draft.name, prefix)
         op = self._op(draft)
         return Box(
             name=draft.name,
-            path=_relative(runs[-1].title(), prefix) if runs else path,
-            title=_relative(runs[-1].title(), prefix) if runs else self._title(draft, path),
+            path=relative(runs[-1].title(), prefix) if runs else path,
+            title=relative(runs[-1].title(), prefix) if runs else self._title(draft, path),
             kind=draft.kind,
             op=op,
             detail=self._detail(draft, op, path),
@@ -59,7 +60,10 @@ class Describe:
     def _title(self, draft: Draft, path: str) -> str:
         if draft.norm:
             return f"add · {draft.norm}"
-        if draft.kind == "join" and not draft.sums.total:
+        if draft.joins and draft.kind == "box":
+            names = [p for n in draft.nodes for p in self.boxes.outline.params_of.get(n, ())]
+            return " · ".join(relative(name, draft.item.path) for name in names)
+        if draft.kind == "join":
             return _SIGNS.get(self._joined(draft), self._joined(draft).strip("_"))
         body = self.graph.bodies.get(draft.name)
         return tail(body) if body is not None and draft.item.body and not draft.each else path
@@ -71,7 +75,7 @@ class Describe:
     def _op(self, draft: Draft) -> str:
         if draft.norm:
             return f"add · {draft.norm}"
-        if draft.kind == "join":
+        if draft.joins or draft.kind == "join":
             return self._joined(draft).strip("_")
         imported = self.graph.imported
         if imported is not None and draft.name in imported.modules:
@@ -98,10 +102,11 @@ class Describe:
 
     def _chain(self, draft: Draft) -> list[int]:
         """The widths through a box that is one layer, or a few that narrow and widen: `768 → 64 → 768`."""
-        widths = [w for name in draft.nodes if (w := self.boxes.widths_of(name)) is not None]
+        first = [name for name in draft.nodes if "@" not in name]
+        widths = [w for name in first if (w := self.boxes.widths_of(name)) is not None]
         if not widths or len(widths) > 3 or draft.kind == "join":
             return []
-        if any(before[1] != after[0] for before, after in zip(widths, widths[1:], strict=False)):
+        if any(before[1] != after[0] for before, after in pairwise(widths)):
             return []
         if len(widths) > 1 and any(a == b for a, b in widths):
             return []
@@ -119,11 +124,21 @@ class Describe:
         return not self.marked.isdisjoint(names)
 
     def _note(self, draft: Draft) -> str:
-        if not draft.called:
-            return "never called"
+        if draft.note:
+            return draft.note
+        calls = self._calls(draft)
+        if calls > 1 and draft.sums.total:
+            return f"called {calls} ×"
         if draft.sums.total or draft.name not in self.tied:
             return ""
         return f"tied to {self.tied[draft.name]}"
+
+    def _calls(self, draft: Draft) -> int:
+        imported, body = self.graph.imported, self.graph.bodies.get(draft.name)
+        if body is not None and not draft.each:
+            return len(body.calls)
+        module = imported.modules.get(draft.name) if imported is not None and not draft.each else None
+        return len(module.calls) if module is not None else 1
 
     def _tied(self) -> dict[str, str]:
         """For each module with tied parameters the box that they are counted with."""
@@ -135,7 +150,10 @@ class Describe:
         return {name.rpartition(".")[0]: counted[first] for name, first in pairs}
 
 
-def _relative(name: str, prefix: str) -> str:
+def relative(name: str, prefix: str) -> str:
+    """A name where it stands: without the name of the frame around it."""
+    if prefix and name == prefix:
+        return ".".join(name.split(".")[-2:])
     if prefix and name.startswith(prefix) and name[len(prefix) : len(prefix) + 1] in (".", "/"):
         return name[len(prefix) + 1 :]
     return name
@@ -145,6 +163,13 @@ def tail(body: Body) -> str:
     """What a body is called where its host stands beside it: `adapter`, or `query.lora` for one around its host."""
     short = body.name.removeprefix(body.host + ".")
     return short if body.where == "after" or short == body.name else f"{body.host.rpartition('.')[2]}.{short}"
+
+
+def prefix_of(frame: Run | Item | None) -> str:
+    """What the names inside a frame have in common."""
+    if frame is None:
+        return ""
+    return frame.prefix() if isinstance(frame, Run) else frame.path
 
 
 def additions(graph: Graph, outline: Outline) -> tuple[str, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from ..graph import Graph
 from .boxes import Boxes, Draft, Edge
 from .data import Box, Frame, Link, Row, Sums, View
-from .describe import Describe, additions, tail
+from .describe import Describe, additions, prefix_of, relative, tail
 from .outline import Item, Outline
 from .runs import Repeats, Run
 
@@ -66,18 +66,16 @@ def _wanted(
 
 
 def _spine(outline: Outline, runs: Iterable[Run]) -> set[Item]:
-    """The way to the repeated blocks of a model, and these opened; not what repeats inside such a block."""
+    """The way to the repeated blocks of a model, and these opened; not what repeats inside a numbered block."""
     opened: set[Item] = set()
-    blocks: set[Item] = set()
     for run in runs:
         members = [item for unit in run.units for item in unit.items]
         share = sum(item.sums.total for item in members)
         groups = len(members) == len(run.units) and all(item.children and not item.leaf for item in members)
-        above = set(run.parent.up())
-        if groups and 20 * share >= outline.root.sums.total > 0 and blocks.isdisjoint(above):
-            blocks.update(members)
-            opened |= above
-    return opened | blocks
+        inner = any(item.index is not None for item in run.parent.up())
+        if groups and not inner and 20 * share >= outline.root.sums.total > 0:
+            opened.update(members, run.parent.up())
+    return opened
 
 
 class _Folded:
@@ -215,19 +213,20 @@ class _Folded:
             while around and (len(around) > len(frames) or around[-1][0] != frames[len(around) - 1]):
                 rows.append(Row("end", around.pop()[1]))
             for place in frames[len(around) :]:
-                around.append((place, self._frame(place)))
+                around.append((place, self._frame(place, around[-1][0][0] if around else None)))
                 rows.append(Row("start", around[-1][1]))
             rows.append(Row("box", made[draft]))
         return rows + [Row("end", frame) for _, frame in reversed(around)]
 
-    def _frame(self, place: Place) -> Frame:
+    def _frame(self, place: Place, outer: Run | Item | None) -> Frame:
         sums = sum((draft.sums for draft in self.members[place]), Sums())
         what = place[0]
         if isinstance(what, Run):
-            return Frame(what.units[0].items[0].path, what.title(), "run", len(what.units), sums)
+            title = relative(what.title(), prefix_of(outer))
+            return Frame(what.units[0].items[0].path, title, "run", len(what.units), sums)
         body = self.graph.bodies.get(what.path) if what.body else None
-        kind: Literal["block", "open"] = "open" if what in self.opened else "block"
-        return Frame(what.path, tail(body) if body is not None else what.path, kind, 1, sums, what.body)
+        title = tail(body) if body is not None else relative(what.path, prefix_of(outer))
+        return Frame(what.path, title, "open" if what in self.opened else "block", 1, sums, what.body)
 
     def _outputs(self, made: Mapping[Draft, Box]) -> tuple[list[Box], list[Link]]:
         """What the graph returns, one box for all that leaves from one place."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from ..graph import Graph
 from ..names import path_of
@@ -18,31 +20,43 @@ from .data import Sums
 _DIGITS = re.compile(r"(.*\D|)(\d+)(\D*)")
 
 
+@dataclass(slots=True, eq=False)
 class Item:
     """A module, a body, a group of declared nodes, or one declared node.
 
-    `state` says how it is drawn: `"closed"` (one box), `"open"` (its children; its own operations only where they join
-    values) or `"each"` (a box for each of its own nodes).
+    Attributes:
+        path: its full name; `""` is the whole model.
+        body: it is a body, which stands beside its host.
+        nodes: its own nodes: the calls of a module, the operations of a forward, the nodes of a body.
+        leaf: it has calls of its own, or is a body: nothing inside it is drawn by itself.
+        first: the rank of the first node in or below it.
+        sums: its parameters and those below it.
+        weighty: it has parameters, its own or tied ones.
+        state: how it is drawn: `"closed"` (one box), `"open"` (its children, and its own operations where they join
+            values) or `"each"` (a box for each of its own nodes).
+        closed_by: the closed item that it is inside of, or itself.
+        head, index, tail: its name around the number that tells siblings apart.
     """
 
-    __slots__ = ("body", "children", "closed_by", "first", "head", "index", "leaf", "nodes", "parent", "path")
-    __slots__ += ("state", "sums", "tail", "weighty")
+    path: str
+    parent: Item | None
+    body: bool = False
+    children: list[Item] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    leaf: bool = False
+    first: float = math.inf
+    sums: Sums = field(default_factory=Sums)
+    weighty: bool = False
+    state: Literal["closed", "open", "each"] = "open"
+    closed_by: Item | None = None
+    head: str = ""
+    index: int | None = None
+    tail: str = ""
 
-    def __init__(self, path: str, parent: Item | None, body: bool = False) -> None:
-        self.path = path
-        self.parent = parent
-        self.body = body
-        self.children: list[Item] = []
-        self.nodes: list[str] = []
-        self.leaf = False
-        self.first: float = math.inf
-        self.sums = Sums()
-        self.weighty = False
-        self.state = "open"
-        self.closed_by: Item | None = None
-        self.head, self.index, self.tail = _numbered(path[len(parent.path) :].lstrip(".") if parent else "")
-        if parent is not None:
-            parent.children.append(self)
+    def __post_init__(self) -> None:
+        if self.parent is not None:
+            self.parent.children.append(self)
+            self.head, self.index, self.tail = _numbered(self.path[len(self.parent.path) :].lstrip("."))
 
     def up(self) -> Iterator[Item]:
         """It and everything above it."""
@@ -264,10 +278,10 @@ class Outline:
         return wanted
 
     def largest(self) -> set[Item]:
-        """What to open when nothing was added and nothing repeats: the largest groups, until there is something to see."""
+        """What to open when nothing was added and nothing repeats: the largest groups, until a few boxes stand."""
         wanted = {self.root}
         shown = [child for child in self.root.children if child.weighty]
-        while len(shown) < 3:
+        while len(shown) < 4:
             groups = [item for item in shown if item.children and not item.leaf]
             if not groups:
                 break

@@ -47,9 +47,9 @@ class Run:
 class Repeats:
     """Finds the runs of a graph.
 
-    Two units are equal when their nodes are, in order: names up to the number, ops, options, shapes, parameters, what of
-    them is trained, bodies, marks, and what they read from each other. They follow each other when each reads from the
-    one before it what that one read from its own predecessor, and everything else from one place.
+    Two units are equal when their nodes are, in order: names up to the number, ops, options, shapes, parameters, what
+    of them is trained, bodies, marks, and what they read from each other. They follow each other when each reads from
+    the one before it what that one read from its own predecessor, and everything else from one place.
     """
 
     def __init__(self, graph: Graph, outline: Outline, special: Iterable[str]) -> None:
