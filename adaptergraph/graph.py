@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from .imported import Imported
+    from .plan import Plan
 
 Outputs: TypeAlias = "str | tuple[str, ...] | dict[str, str]"
 
@@ -497,6 +498,40 @@ class Graph:
         from .compiler import compile_graph
 
         return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype)
+
+    def plan(self, **sizes: int) -> Plan:
+        """What the graph costs: parameters, trained share, FLOPs, activation and optimizer memory, per node and in all.
+
+        The graph runs once in training mode, on tensors that have shapes and no values; no memory is needed. What is
+        not counted: the loss, the optimizer's own arithmetic, temporary buffers of kernels.
+
+        * FLOPs are those of one forward, a multiply-add is two: matrix products, convolutions and attention. What is
+          done element by element (activations, norms, dropout) is not counted.
+        * Activation memory is the sum over all tensors that autograd keeps for the backward, each storage once and
+          parameters left out: nothing before the first trained node, and after it what each op needs for the
+          gradients of its trained inputs. Kernels are those of the CPU; some of a GPU keep less.
+        * AdamW keeps 2 × trained parameters × 4 bytes; gradients are trained parameters × their size.
+
+        Args:
+            sizes: of the named dimensions of a declared graph: `graph.plan(batch=8, seq=128)`. An imported graph is
+                planned at the sizes it was traced with.
+
+        Returns:
+            A value that prints as a table; its numbers are attributes.
+
+        Raises:
+            GraphError: a size is missing or unknown, or the forward needs values; the message names it.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 768))
+        >>> graph = ag.Graph(ag.dense(x, 768, name="fc")).freeze().splice("fc", ag.Bottleneck(64))
+        >>> plan = graph.plan(batch=8)
+        >>> plan.trained, plan.optimizer, plan.flops == 2 * 8 * (768 * 768 + 2 * 768 * 64)
+        (99136, 793088, True)
+        """
+        from .plan import plan
+
+        return plan(self, sizes)
 
     def summary(self, fold: bool = True) -> Any:
         """The graph as a table for the terminal; repeats are folded unless `fold=False`."""

@@ -32,6 +32,7 @@ FLOORS = {
     "compiler": 4,
     "exchange": 5,
     "storage": 5,
+    "plan": 6,
     "view": 6,
     "draw": 6,
     "fit": 7,
@@ -43,18 +44,19 @@ UPWARD = {
     ("graph", "storage"),
     ("graph", "compiler"),
     ("graph", "draw"),
+    ("graph", "plan"),
     ("node", "layers"),
 }
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "fit", "surgery"},
+    | {"storage", "fit", "surgery", "plan"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
-    "rich": {"draw", "fit"},
+    "rich": {"draw", "fit", "plan"},
     "accelerate": {"fit"},
 }
 LAZY = {"rich", "graphviz", "pygraphviz", "accelerate", "networkx", "transformers"}
