@@ -5,6 +5,7 @@ Floor 1: knows names and edges. Shapes come with the nodes (floor 2); running it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -473,7 +474,7 @@ class Graph:
         *,
         inplace: bool = False,
         seed: int = 0,
-        state: Mapping[str, torch.Tensor] | None = None,
+        state: Mapping[str, torch.Tensor] | str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.nn.Module:
@@ -487,13 +488,26 @@ class Graph:
             host: the model, for an imported graph that came from JSON.
             inplace: attach the bodies to the model itself; `ag.detach` gives it back.
             seed: initial values depend on this and on the parameter's name only.
-            state: values for some or all parameters, by name.
+            state: pretrained values by name: a mapping of tensors, or the path of a safetensors file. What is missing
+                keeps its starting value, which is an error for a frozen parameter of a declared graph: it would stay
+                random for ever.
             device: where new parameters are made; a body otherwise follows its host.
             dtype: of new parameters; bodies are float32 on a half-precision host unless this says otherwise.
 
         Raises:
             BadSplice: a body cannot be attached where it was spliced.
-            StateMismatch: `state`, or the host, does not fit the graph.
+            StateMismatch: `state`, or the host, does not fit the graph; every mismatch is listed by name.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> graph = ag.Graph(ag.dense(x, 4, name="fc")).freeze()
+        >>> graph.compile(state={"fc.weigth": torch.zeros(4, 8), "fc.bias": torch.zeros(5)})
+        Traceback (most recent call last):
+        adaptergraph.errors.StateMismatch: 3 tensors of state do not fit the model
+            fc.weigth   no such parameter   nearest: fc.weight
+            fc.bias     model (4,)          given (5,)
+            fc.weight   is missing          it is frozen: training would not mend it
+        ...
         """
         from .compiler import compile_graph
 

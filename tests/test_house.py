@@ -53,7 +53,7 @@ THIRD_PARTY = {
     | {"storage", "fit", "surgery", "plan"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
-    "safetensors": {"storage"},
+    "safetensors": {"storage", "state"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
     "rich": {"draw", "fit", "plan"},
