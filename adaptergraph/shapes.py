@@ -7,6 +7,7 @@ is `batch`. Results are kept by op, options and input shapes, so a repeated laye
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,3 +210,15 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's search for dead cycles waits: while a large graph is built it finds none, and takes half of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
