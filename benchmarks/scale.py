@@ -37,7 +37,7 @@ def tenth(graph):
     return [name for i, name in enumerate(graph) if i % 10 == 9]
 
 
-def verbs(count, repeat=3):
+def verbs(count, repeat=2):
     """Seconds of CPU time of each verb on one graph, the least of a few runs."""
     seconds = {}
 
@@ -59,7 +59,6 @@ def verbs(count, repeat=3):
     text = timed("to_json", graph.to_json)
     timed("from_json", lambda: ag.Graph.from_json(text))
     timed("compile", graph.compile)
-    timed("plan", lambda: graph.plan(batch=8))
     if importlib.util.find_spec("adaptergraph.view"):
         timed("summary", lambda: str(graph.summary()))
     return seconds

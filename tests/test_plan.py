@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +261,10 @@ def test_a_table_needs_labels_and_sizes(options):
 def test_a_placement_that_selects_nothing_is_an_error():
     with pytest.raises(ag.UnknownNode, match="no_such"):
         ag.plan_table(adapted(), at={"x": "no_such"})
+
+
+def test_the_table_in_the_docs_is_what_the_call_gives(bert):
+    text = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    assert str(ag.plan_table(bert, at=PLACES)) in text
+    for selector in PLACES.values():
+        assert f'"{selector}"' in text
