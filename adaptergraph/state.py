@@ -125,7 +125,7 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
     if wrong:
-        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])  # type: ignore[list-item]
+        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
         raise StateMismatch(f"{len(wrong)} tensors of {what} do not fit the model", sides=shown, source=here())
     owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
     with torch.no_grad():

@@ -4,7 +4,7 @@
 
 The first table: CPU seconds of each verb on declared graphs (a chain of `dense`, `relu`, `add`), and the slope of
 a straight line through log(seconds) over log(nodes): 1 is linear. The second: a compiled graph's forward beside the
-same network written as a plain nn.Module with the same weights, interleaved in one process. Last: whether
+same network written as a plain nn.Module with the same weights, interleaved in one process, CPU time. Last: whether
 torch.compile takes each compiled graph whole.
 """
 
@@ -18,7 +18,6 @@ import platform
 import time
 
 import torch
-from overhead import interleaved
 from torch import nn
 
 import adaptergraph as ag
@@ -144,8 +143,20 @@ def median(values):
     return sorted(values)[len(values) // 2]
 
 
+def interleaved(runs, rounds):
+    """CPU seconds of each run, taken in turn, the order turned round each time."""
+    seconds = {name: [] for name in runs}
+    for i in range(rounds + 3):
+        for name in list(runs) if i % 2 else list(runs)[::-1]:
+            start = time.process_time()
+            runs[name]()
+            if i >= 3:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
 def forwards(rounds):
-    print("\n| forward, eager | plain nn.Module | compiled graph | ratio (middle half) |")
+    print("\n| forward, eager, CPU time | plain nn.Module | compiled graph | ratio (middle half) |")
     print("| --- | --: | --: | --: |")
     for make in (mlp, transformer):
         graph, plain, x = make()

@@ -32,6 +32,7 @@ FLOORS = {
     "compiler": 4,
     "exchange": 5,
     "storage": 5,
+    "cost": 6,
     "plan": 6,
     "view": 6,
     "draw": 6,
@@ -50,7 +51,7 @@ UPWARD = {
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "fit", "surgery", "plan"},
+    | {"storage", "fit", "surgery", "cost"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage", "state"},
