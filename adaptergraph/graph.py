@@ -498,7 +498,7 @@ class Graph:
             BadSplice: a body cannot be attached where it was spliced.
             StateMismatch: `state`, or the host, does not fit the graph; every mismatch is listed by name.
 
-        >>> import adaptergraph as ag
+        >>> import torch, adaptergraph as ag
         >>> x = ag.input("x", shape=("batch", 8))
         >>> graph = ag.Graph(ag.dense(x, 4, name="fc")).freeze()
         >>> graph.compile(state={"fc.weigth": torch.zeros(4, 8), "fc.bias": torch.zeros(5)})
