@@ -9,6 +9,7 @@ from .layers.calls import *  # noqa: F403
 from .layers.calls import __all__ as _layers
 from .methods import Bottleneck
 from .node import Node
+from .plan import plan_table
 from .select import Selection
 from .sites import detach, graph_of
 from .storage import adapter_state, apply, load, save
@@ -38,6 +39,7 @@ __all__ = [
     "fit",
     "graph_of",
     "load",
+    "plan_table",
     "save",
     "trace",
     *_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from .errors import GraphError, here
 from .graph import Graph
 from .lower import lower
 from .sites import attach, check_host
-from .state import load_values, shared_copy
+from .state import load_values, shared_copy, values_from
 
 
 def compile_graph(
@@ -20,7 +21,7 @@ def compile_graph(
     *,
     inplace: bool,
     seed: int,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor] | str | os.PathLike[str] | None,
     device: Any,
     dtype: Any,
 ) -> nn.Module:
@@ -30,9 +31,18 @@ def compile_graph(
         if graph.imported
         else _declared(graph, host, inplace, seed, device, dtype)
     )
-    if state is not None:
-        load_values(model, state, "state")
+    if isinstance(state, str | os.PathLike):
+        load_values(model, values_from(state), repr(os.fspath(state)), _needed(graph))
+    elif state is not None:
+        load_values(model, state, "state", _needed(graph))
     return model
+
+
+def _needed(graph: Graph) -> list[str]:
+    """What a state must hold: frozen hosts that have no values of their own."""
+    if graph.imported is not None:
+        return []
+    return [name for name, trained in graph.trained.items() if not trained and name not in graph.body_params]
 
 
 def _declared(graph: Graph, host: Any, inplace: bool, seed: int, device: Any, dtype: Any) -> nn.Module:

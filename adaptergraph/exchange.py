@@ -20,7 +20,7 @@ from .layers.table import OPS, runnable
 from .methods import METHODS
 from .names import check_imported_name, check_input_name, check_name
 from .node import Node, Param
-from .shapes import infer
+from .shapes import infer, uncollected
 
 Name = str
 Dims = list[str | int | None]
@@ -249,6 +249,7 @@ def dtype_from(text: str) -> torch.dtype:
     return dtype
 
 
+@uncollected()
 def graph_from_json(text: str) -> Graph:
     """See `Graph.from_json`."""
     data: GraphText = parsed(GraphText, text, "the graph")

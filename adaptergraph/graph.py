@@ -5,6 +5,7 @@ Floor 1: knows names and edges. Shapes come with the nodes (floor 2); running it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from .imported import Imported
+    from .plan import Plan
 
 Outputs: TypeAlias = "str | tuple[str, ...] | dict[str, str]"
 
@@ -472,7 +474,7 @@ class Graph:
         *,
         inplace: bool = False,
         seed: int = 0,
-        state: Mapping[str, torch.Tensor] | None = None,
+        state: Mapping[str, torch.Tensor] | str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.nn.Module:
@@ -486,17 +488,64 @@ class Graph:
             host: the model, for an imported graph that came from JSON.
             inplace: attach the bodies to the model itself; `ag.detach` gives it back.
             seed: initial values depend on this and on the parameter's name only.
-            state: values for some or all parameters, by name.
+            state: pretrained values by name: a mapping of tensors, or the path of a safetensors file. What is missing
+                keeps its starting value, which is an error for a frozen parameter of a declared graph: it would stay
+                random for ever.
             device: where new parameters are made; a body otherwise follows its host.
             dtype: of new parameters; bodies are float32 on a half-precision host unless this says otherwise.
 
         Raises:
             BadSplice: a body cannot be attached where it was spliced.
-            StateMismatch: `state`, or the host, does not fit the graph.
+            StateMismatch: `state`, or the host, does not fit the graph; every mismatch is listed by name.
+
+        >>> import torch, adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 8))
+        >>> graph = ag.Graph(ag.dense(x, 4, name="fc")).freeze()
+        >>> graph.compile(state={"fc.weigth": torch.zeros(4, 8), "fc.bias": torch.zeros(5)})
+        Traceback (most recent call last):
+        adaptergraph.errors.StateMismatch: 3 tensors of state do not fit the model
+            fc.weigth   no such parameter   nearest: fc.weight
+            fc.bias     model (4,)          given (5,)
+            fc.weight   is missing          it is frozen: training would not mend it
+        ...
         """
         from .compiler import compile_graph
 
         return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype)
+
+    def plan(self, **sizes: int) -> Plan:
+        """What the graph costs: parameters, trained share, FLOPs, activation and optimizer memory, per node and in all.
+
+        The graph runs once in training mode, on tensors that have shapes and no values; no memory is needed. What is
+        not counted: the loss, the optimizer's own arithmetic, temporary buffers of kernels.
+
+        * FLOPs are those of one forward, a multiply-add is two: matrix products, convolutions and attention. What is
+          done element by element (activations, norms, dropout) is not counted.
+        * Activation memory is the sum over all tensors that autograd keeps for the backward, each storage once and
+          parameters left out: nothing before the first trained node, and after it what each op needs for the
+          gradients of its trained inputs. Kernels are those of the CPU; some of a GPU keep less.
+        * AdamW keeps 2 × trained parameters × 4 bytes; gradients are trained parameters × their size.
+
+        Args:
+            sizes: of the named dimensions of a declared graph: `graph.plan(batch=8, seq=128)`. An imported graph is
+                planned at the sizes it was traced with.
+
+        Returns:
+            A value that prints as a table; its numbers are attributes.
+
+        Raises:
+            GraphError: a size is missing or unknown, or the forward needs values; the message names it.
+
+        >>> import adaptergraph as ag
+        >>> x = ag.input("x", shape=("batch", 768))
+        >>> graph = ag.Graph(ag.dense(x, 768, name="fc")).freeze().splice("fc", ag.Bottleneck(64))
+        >>> plan = graph.plan(batch=8)
+        >>> plan.trained, plan.optimizer, plan.flops == 2 * 8 * (768 * 768 + 2 * 768 * 64)
+        (99136, 793088, True)
+        """
+        from .plan import plan
+
+        return plan(self, sizes)
 
     def summary(self, fold: bool = True) -> Any:
         """The graph as a table for the terminal; repeats are folded unless `fold=False`."""

@@ -21,7 +21,7 @@ from .hosted import add_child, keep_frozen_statistics
 from .layers.initializers import initialise
 from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
-from .shapes import Value
+from .shapes import Value, uncollected
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -191,6 +191,7 @@ def _call(program: torch.fx.Graph, node: Node, inputs: list[Any]) -> Any:
     return result
 
 
+@uncollected()
 def lower(
     graph: Graph,
     *,

@@ -7,6 +7,7 @@ Named sizes are stood in for by primes, twice with different ones: what equals t
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,3 +208,15 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's search for dead cycles waits: while a large graph is built it finds none, and takes half of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

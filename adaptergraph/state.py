@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -95,11 +96,34 @@ def _uncopied(model: nn.Module, error: Exception) -> GraphError:
     return GraphError(f"the model cannot be copied: {error}", source=here(), hint="graph.compile(inplace=True)")
 
 
-def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str) -> None:
-    """Copies values into parameters and buffers by name: all of them, or none and an error that lists every mismatch.
+def values_from(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors file by name.
 
     Raises:
-        StateMismatch: a name is unknown or a shape differs.
+        StateMismatch: the file cannot be read, or is of another kind; a pickle is never opened.
+    """
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StateMismatch(
+            f"{os.fspath(path)!r} cannot be read as safetensors",
+            sides=[("because", str(error).splitlines()[0])],
+            source=here(),
+            hint="safetensors.torch.save_file(state_dict, path) writes one; a file of torch.save may run code, so load "
+            "it yourself and give the mapping",
+        ) from None
+
+
+def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, needed: Iterable[str] = ()) -> None:
+    """Copies values into parameters and buffers by name: all of them, or none and an error that lists every mismatch.
+
+    Args:
+        needed: names that must be among the values.
+
+    Raises:
+        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     wrong: list[tuple[str, ...]] = []
@@ -108,8 +132,11 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str) -> No
         if mine is None:
             close = nearest(name, own)
             wrong.append((name, "no such parameter", f"nearest: {close[0]}" if close else ""))
+        elif not isinstance(value, Tensor):
+            wrong.append((name, f"model {tuple(mine.shape)}", f"given no tensor but a {type(value).__name__}"))
         elif mine.shape != value.shape:
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
+    wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
     if wrong:
         shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
         raise StateMismatch(f"{len(wrong)} tensors of {what} do not fit the model", sides=shown, source=here())

@@ -33,6 +33,8 @@ FLOORS = {
     "compiler": 4,
     "exchange": 5,
     "storage": 5,
+    "cost": 6,
+    "plan": 6,
     "view": 6,
     "draw": 6,
     "batches": 7,
@@ -45,18 +47,19 @@ UPWARD = {
     ("graph", "storage"),
     ("graph", "compiler"),
     ("graph", "draw"),
+    ("graph", "plan"),
     ("node", "layers"),
 }
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "batches", "fit", "surgery", "record"},
+    | {"storage", "batches", "fit", "surgery", "record", "cost"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
-    "safetensors": {"storage"},
+    "safetensors": {"storage", "state"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
-    "rich": {"draw", "fit"},
+    "rich": {"draw", "fit", "plan"},
     "accelerate": {"fit", "batches"},
 }
 LAZY = {"rich", "graphviz", "pygraphviz", "accelerate", "networkx", "transformers"}
