@@ -12,9 +12,10 @@ import torch
 
 from ..errors import GraphError, Source, here
 from ..names import check_input_name, check_name
-from ..node import Dim, Node, Param
+from ..node import Dim, Node, Param, check_present
 from ..shapes import infer
 from .initializers import check_initializer
+from .naming import current_space, scoped, shared
 from .table import check_activation, runnable
 
 __all__ = [
@@ -46,13 +47,14 @@ __all__ = [
 ]
 
 
-def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32) -> Node:
+def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32, *, optional: bool = False) -> Node:
     """An input of the graph: an argument of the compiled model's `forward`.
 
     Args:
         name: a plain identifier.
         shape: sizes; a name such as `"batch"` stands for any size, equal wherever the name is; None for any size.
         dtype: checked when the model is called.
+        optional: it may be left out of a call; only `ag.optional` and `ag.or_else` can read it.
 
     Raises:
         GraphError: the name or shape cannot be used.
@@ -74,7 +76,8 @@ def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32) -
             )
     if not isinstance(dtype, torch.dtype):
         raise GraphError(f"the dtype of input {name!r} is a torch.dtype, not {dtype!r}", source=source)
-    return Node("input", (), check_input_name(name, source), tuple(shape), dtype, source=source)
+    options = {"optional": True} if _flag(optional, "optional", str(name)) else {}
+    return Node("input", (), check_input_name(name, source), tuple(shape), dtype, options, source=source)
 
 
 def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.dtype = torch.float32) -> Node:
@@ -93,7 +96,7 @@ def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.
     sizes = tuple(_size(s, f"a size of param {name!r}") for s in shape)
     options = {"init": check_initializer(init)}
     own = {"": Param(sizes, dtype)}
-    return Node("param", (), check_name(name, source), sizes, dtype, options, own, source=source)
+    return Node("param", (), check_name(scoped(name), source), sizes, dtype, options, own, source=source)
 
 
 def constant(value: torch.Tensor | float | int, *, name: str | None = None) -> Node:
@@ -103,8 +106,10 @@ def constant(value: torch.Tensor | float | int, *, name: str | None = None) -> N
         raise GraphError(f"a constant is a tensor or a number, not {value!r}", node=name, source=source)
     tensor = value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
     options = {"value": tensor}
-    checked = None if name is None else check_name(name, source)
-    return Node("constant", (), checked, tuple(tensor.shape), tensor.dtype, options, source=source)
+    checked = None if name is None else check_name(scoped(name), source)
+    return Node(
+        "constant", (), checked, tuple(tensor.shape), tensor.dtype, options, source=source, space=current_space()
+    )
 
 
 def dense(
@@ -115,6 +120,7 @@ def dense(
     activation: str | None = None,
     weight_init: Any = None,
     bias_init: Any = None,
+    share: Node | None = None,
     name: str | None = None,
 ) -> Node:
     """A linear layer over the last dimension: `nn.Linear`, `... × features` to `... × size`.
@@ -123,6 +129,7 @@ def dense(
         size: features of the output.
         activation: adds a node of this activation after it.
         weight_init, bias_init: see `param`; None is torch's own (Kaiming-uniform).
+        share: another dense node, whose weights this one uses.
 
     Raises:
         GraphError: `size` is no positive number.
@@ -132,14 +139,22 @@ def dense(
     <unnamed: dense batch × 64>
     """
     options = {"size": _size(size, "the size of dense", name), "bias": _flag(bias, "bias", name)}
-    node = _node("dense", [x], name, options, weight_init=weight_init, bias_init=bias_init)
+    node = _node("dense", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
     return node if activation is None else _activation(activation, node, None)
 
 
-def embedding(x: Node, vocab_size: int, size: int, *, weight_init: Any = None, name: str | None = None) -> Node:
+def embedding(
+    x: Node,
+    vocab_size: int,
+    size: int,
+    *,
+    weight_init: Any = None,
+    share: Node | None = None,
+    name: str | None = None,
+) -> Node:
     """Rows of a trained table: integers `...` to `... × size` (`nn.Embedding`)."""
     options = {"vocab_size": _size(vocab_size, "vocab_size", name), "size": _size(size, "the size of embedding", name)}
-    return _node("embedding", [x], name, options, weight_init=weight_init)
+    return _node("embedding", [x], name, options, share=share, weight_init=weight_init)
 
 
 def activation(x: Node, activation: str, *, name: str | None = None, **options: Any) -> Node:
@@ -186,9 +201,9 @@ def dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
     return _node("dropout", [x], name, {"rate": check_rate(rate, name)})
 
 
-def layer_norm(x: Node, *, eps: float = 1e-5, name: str | None = None) -> Node:
+def layer_norm(x: Node, *, eps: float = 1e-5, share: Node | None = None, name: str | None = None) -> Node:
     """Normalises the last dimension (`nn.LayerNorm`): scale starts at one, shift at zero."""
-    return _node("layer_norm", [x], name, {"eps": float(eps)})
+    return _node("layer_norm", [x], name, {"eps": float(eps)}, share=share)
 
 
 def attention(
@@ -304,15 +319,18 @@ def layer(fn: Callable[..., torch.Tensor], inputs: Sequence[Node], *, name: str 
 # ---------------------------------------------------------------------- shared by all of them
 
 
-def _node(op: str, inputs: Sequence[Any], name: str | None, options: Mapping[str, Any], **inits: Any) -> Node:
+def _node(
+    op: str, inputs: Sequence[Any], name: str | None, options: Mapping[str, Any], share: Any = None, **inits: Any
+) -> Node:
     source = here()
     _check_inputs(op, inputs, source)
     if name is not None:
-        check_name(name, source)
+        name = check_name(scoped(check_name(name, source)), source)
     full = {**options, **{k: check_initializer(v) for k, v in inits.items() if v is not None}}
     spec = infer(op, runnable(op, full), inputs, full, source, name)
     shape, dtype = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
-    return Node(op, tuple(inputs), name, shape, dtype, full, spec.params, source=source)
+    node = Node(op, tuple(inputs), name, shape, dtype, full, spec.params, source=source, space=current_space())
+    return node if share is None else shared(node, share)
 
 
 def _activation(activation: Any, x: Node, name: str | None, **options: Any) -> Node:
@@ -329,6 +347,7 @@ def _check_inputs(op: str, inputs: Sequence[Any], source: Source | None) -> None
             raise GraphError(
                 f"{op} reads {node.name or node.op!r}, which gives no single tensor", node=node.name, source=source
             )
+        check_present(op, node, source)
 
 
 def _several(x: Any, more: Sequence[Any], op: str) -> list[Any]:
