@@ -8,7 +8,7 @@ from typing import Any
 from . import layers
 from .errors import GraphError, ShapeMismatch, here, suggestion
 from .graph import Graph
-from .layers.calls import check_rate
+from .layers.making import check_flag, check_rate, check_size, spelt
 from .layers.table import check_activation
 from .names import check_name
 from .node import Node, format_shape
@@ -24,17 +24,27 @@ class Adapter:
     """
 
     @staticmethod
-    def build(hidden_size: int, bottleneck_size: int = 64, activation: str = "relu", name: str = "adapter") -> Graph:
+    def build(
+        hidden_size: int,
+        bottleneck_size: int = 64,
+        activation: str = "relu",
+        name: str = "adapter",
+        **options: Any,
+    ) -> Graph:
         """An adapter as a graph of its own: input `"input"` of shape `batch × hidden_size`, output of the same shape.
+
+        Args:
+            options: as for `wrap`.
 
         >>> import adaptergraph as ag
         >>> list(ag.Adapter.build(768, 64))
         ['input', 'adapter.down', 'adapter.act', 'adapter.up', 'adapter.residual']
         """
         x = layers.input("input", shape=("batch", check_size(hidden_size, "hidden_size")))
-        return Graph(Adapter.wrap(x, bottleneck_size=bottleneck_size, activation=activation, name=name))
+        return Graph(Adapter.wrap(x, bottleneck_size=bottleneck_size, activation=activation, name=name, **options))
 
     @staticmethod
+    @spelt
     def wrap(
         layer_output: Node,
         *,
@@ -42,9 +52,13 @@ class Adapter:
         bottleneck_size: int = 64,
         activation: str = "relu",
         name: str = "adapter",
-        **options: Any,
+        dropout: float = 0.0,
+        scale: float | str = 1.0,
+        init: str = "zeros",
+        residual: bool = True,
+        layer_norm: str | None = None,
     ) -> Node:
-        """The adapted node: `x + up(act(down(x)))` with x = `layer_output`.
+        """The adapted node: `x + scale · up(dropout(act(down(x))))` with x = `layer_output`.
 
         Args:
             layer_output: the node to adapt, `… × hidden`.
@@ -52,7 +66,11 @@ class Adapter:
             bottleneck_size: features between `down` and `up`.
             activation: name of an activation.
             name: the nodes are `name.down`, `name.act`, `name.up`, `name.residual`.
-            options: as for `adapter_block`.
+            dropout: after the activation, while training.
+            scale: a number, or `"learned"`: one parameter that starts at one.
+            init: `"zeros"` (up starts at zero) or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero).
+            residual: add x.
+            layer_norm: a norm `"before"` down or `"after"` up.
 
         Raises:
             ShapeMismatch: `hidden_size` is not the size of the layer.
@@ -68,8 +86,12 @@ class Adapter:
             hidden_size,
             bottleneck_size,
             activation=activation,
+            dropout=dropout,
+            scale=scale,
+            init=init,
+            residual=residual,
+            layer_norm=layer_norm,
             prefix=check_name(name, here()),
-            **options,
         )
 
     @staticmethod
@@ -85,13 +107,11 @@ class Adapter:
         """The same as `wrap`, with the size said.
 
         Args:
-            options: `dropout=0.0` after the activation; `scale=1.0`, a number or `"learned"` (one parameter that
-                starts at one); `init="zeros"` or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero);
-                `residual=True`; `layer_norm=None`, `"before"` or `"after"`.
+            options: as for `wrap`.
         """
         return Adapter.wrap(
             input,
-            hidden_size=hidden_size,
+            hidden_size=check_size(hidden_size, "hidden_size"),
             bottleneck_size=bottleneck_size,
             activation=activation,
             name=name,
@@ -120,13 +140,8 @@ def bottleneck(
     residual: bool = True,
     layer_norm: str | None = None,
     prefix: str = "",
-    **unknown: Any,
 ) -> Node:
     """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`."""
-    if unknown:
-        word = next(iter(unknown))
-        known = ("activation", "dropout", "scale", "init", "residual", "layer_norm", "hidden_size", "bottleneck_size")
-        raise GraphError(f"an adapter has no option {word!r}", source=here(), hint=suggestion(word, known))
     hidden = _hidden(x, hidden_size, prefix)
     check_size(size, "bottleneck_size")
     check_activation(activation)
@@ -145,7 +160,8 @@ def bottleneck(
         h = layers.dropout(h, rate=dropout, name=called("dropout"))
     h = layers.dense(h, hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
     if scale == "learned":
-        h = layers.multiply([h, layers.param(called("scale"), (1,), init="ones")], name=called("scaled"))
+        factor = layers.param(called("scale"), (1,), init="ones", dtype=h.dtype)
+        h = layers.multiply([h, factor], name=called("scaled"))
     elif scale != 1.0:
         h = layers.multiply([h, layers.constant(float(scale), name=called("factor"))], name=called("scaled"))
     if layer_norm == "after":
@@ -195,13 +211,6 @@ def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
     return known
 
 
-def check_size(value: Any, what: str) -> int:
-    """A positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise GraphError(f"{what} is a positive whole number, not {value!r}", source=here())
-    return value
-
-
 def check_choices(*, scale: Any, init: Any, residual: Any, layer_norm: Any) -> None:
     """The options that are one of a few words."""
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
@@ -210,7 +219,6 @@ def check_choices(*, scale: Any, init: Any, residual: Any, layer_norm: Any) -> N
     if init not in INITS:
         hint = suggestion(init, INITS) if isinstance(init, str) else None
         raise GraphError(f"unknown init {init!r}", source=here(), hint=hint)
-    if not isinstance(residual, bool):
-        raise GraphError(f"residual is True or False, not {residual!r}", source=here())
+    check_flag(residual, "residual")
     if layer_norm not in (None, "before", "after"):
         raise GraphError(f"layer_norm is None, 'before' or 'after', not {layer_norm!r}", source=here())

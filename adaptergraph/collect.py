@@ -24,7 +24,7 @@ def collect(outputs: Node | Sequence[Node] | Mapping[str, Node]) -> dict[str, An
     table: dict[str, Node] = {}
     names: dict[Any, str] = {}
     counts: dict[str, int] = {}
-    taken: set[str | None] = {node.name for node in order if node.name is not None}
+    taken = {node.name for node in order}
     there = {_key(node) for node in order}
     bases: dict[Any, str] = {}
     overrides: dict[str, bool] = {}

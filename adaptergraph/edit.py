@@ -148,10 +148,9 @@ def _swapped(graph: Graph, old: str, node: Node) -> Graph:
     }
     place = [n for x in graph._nodes for n in ([*([old] if stays else []), *new] if x == old else [x])]
     table = in_order(kept | new, _inputs_first(kept | new, place), source)
-    outputs = map_outputs(graph.outputs, {old: final}.get)
-    overrides = {
-        p: t for p, t in graph._overrides.items() if p not in {q for x in new.values() for q in x.param_names()}
-    }
+    outputs = map_outputs(graph.outputs, {old: final})
+    fresh = {p for x in new.values() for p in x.param_names()}
+    overrides = {p: t for p, t in graph._overrides.items() if p not in fresh}
     return _pruned(graph, table, outputs, overrides)
 
 
@@ -220,7 +219,7 @@ def rename(graph: Graph, old: str | Node, new: str) -> Graph:
     params = dict(zip(node.param_names(), nodes[new].param_names(), strict=True))
     return graph._with(
         nodes=nodes,
-        outputs=map_outputs(graph.outputs, called.get),
+        outputs=map_outputs(graph.outputs, called),
         overrides={params.get(p, p): t for p, t in graph._overrides.items()},
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import time
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, StackDataset
+from torch.utils.data import DataLoader
 
-from .errors import GraphError, here, suggestion
+from .batches import check_batch, loader, rows, windows
+from .errors import GraphError, here
 from .sites import graph_of
 
 
@@ -185,8 +185,8 @@ class _Trainer:
         self.model = _plain(given.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.untouched = list(self.trained)
-        self.judge = given.evaluate if callable(given.evaluate) else _loader("evaluate", given)
-        self.loader = accelerator.prepare(_loader("data", given, torch.Generator().manual_seed(given.seed)))
+        self.judge = given.evaluate if callable(given.evaluate) else loader("evaluate", given)
+        self.loader = accelerator.prepare(loader("data", given, torch.Generator().manual_seed(given.seed)))
         self.objective = accelerator.prepare(_Objective(given.model, given.loss))
         parameters = list(self.trained.values())
         if given.optimizer is None:
@@ -222,7 +222,7 @@ class _Trainer:
                 # one batch of it, so that mistakes show before an epoch has gone by
                 self.evaluate(0, math.nan, batches=1)
             with display.bar:
-                for step, window in enumerate(islice(_windows(self.loader, self.given.accumulate), self.total), 1):
+                for step, window in enumerate(islice(windows(self.loader, self.given.accumulate), self.total), 1):
                     losses.append(self.step(window, step))
                     display.step(losses[-1])
                     if step % self.every and step != self.total:
@@ -244,17 +244,17 @@ class _Trainer:
     def step(self, window: list[Any], step: int) -> float:
         """One optimizer step on the batches of a window; gives their mean loss."""
         if step == 1:
-            _check_batch(window[0], self.model, self.given.loss)
+            check_batch(window[0], self.model, self.given.loss)
         self.given.model.train()
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * _factor(self.given.schedule, self.given.warmup, step - 1, self.total)
         self.optimizer.zero_grad()
-        rows = [_rows(batch) for batch in window]
+        sizes = [rows(batch) for batch in window]
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(window):
             last = i == len(window) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss = _checked(self.objective(batch)[0], trained=True) * (rows[i] / sum(rows))
+                loss = _checked(self.objective(batch)[0], trained=True) * (sizes[i] / sum(sizes))
                 self.accelerator.backward(loss)
             total += loss.detach().float()
         self.untouched = [name for name in self.untouched if self.trained[name].grad is None]
@@ -286,9 +286,8 @@ class _Trainer:
         self.given.model.eval()
         with torch.no_grad(), _random_state():
             if callable(self.judge):
-                return Evaluation(
-                    step, train_loss, None, {k: float(v) for k, v in self.judge(self.given.model).items()}
-                )
+                found = self.judge(self.given.model).items()
+                return Evaluation(step, train_loss, None, {name: float(value) for name, value in found})
             means = self._means(islice(self.judge, batches))
         return Evaluation(step, train_loss, means.pop("loss"), means)
 
@@ -300,13 +299,13 @@ class _Trainer:
         counts: dict[str, int] = {}
         for batch in batches:
             if not sums:
-                _check_batch(batch, self.model, self.given.loss)
+                check_batch(batch, self.model, self.given.loss)
             batch = send_to_device(batch, self.accelerator.device)
             loss, output = self.objective(batch)
             for name, value in {"loss": _checked(loss), **{n: fn(output, batch) for n, fn in metrics.items()}}.items():
                 if value is not None:
-                    value = torch.as_tensor(value).double()
-                    count = value.numel() if value.dim() else _rows(batch)
+                    value = torch.as_tensor(value).cpu().double()
+                    count = value.numel() if value.dim() else rows(batch)
                     sums[name] = sums.get(name, 0) + (value.sum() if value.dim() else value * count)
                     counts[name] = counts.get(name, 0) + count
         if not sums:
@@ -334,24 +333,6 @@ def _factor(schedule: str, warmup: float, step: int, total: int) -> float:
     if step < rising:
         return (step + 1) / (rising + 1)
     return 1.0 if schedule == "constant" else (total - step) / (total - rising)
-
-
-def _windows(loader: Any, accumulate: int) -> Iterator[list[Any]]:
-    """The batches of one step after the other, over and over; the last step of an epoch may have fewer."""
-    while True:
-        batches = iter(loader)
-        window = list(islice(batches, accumulate))
-        if not window:
-            raise GraphError("data= has no batch", source=here(), hint="it is empty, or smaller than one batch")
-        while window:
-            yield window
-            window = list(islice(batches, accumulate))
-
-
-def _rows(batch: Any) -> int:
-    from accelerate.utils import find_batch_size
-
-    return find_batch_size(batch) or 1
 
 
 def _part(output: Any, name: str) -> Any:
@@ -390,67 +371,6 @@ def _better(new: Evaluation, old: Evaluation | None) -> bool:
         return math.nan if entry.loss is None else -entry.loss
 
     return not math.isnan(score(new)) and (old is None or score(new) > score(old))
-
-
-def _loader(what: str, given: SimpleNamespace, generator: torch.Generator | None = None) -> Any:
-    """Batches of `data` or `evaluate`, whatever form they came in; shuffled when there is a generator."""
-    data = getattr(given, what)
-    if data is None or isinstance(data, DataLoader):
-        return data
-    if isinstance(data, Mapping):
-        lengths = {name: len(c) if isinstance(c, Tensor) and c.dim() else type(c).__name__ for name, c in data.items()}
-        if len(set(lengths.values())) > 1 or str in map(type, lengths.values()):
-            sides = [(repr(name), str(length)) for name, length in lengths.items()]
-            hint = 'torch.tensor(…) makes one; a tokenizer gives them with padding=True, return_tensors="pt"'
-            raise GraphError(f"{what}= is no dict of equally long tensors", sides=sides, source=here(), hint=hint)
-        data = StackDataset(**data) if data else []
-    if isinstance(data, IterableDataset):
-        return DataLoader(data, given.batch_size, collate_fn=given.collate)
-    if isinstance(data, str | Tensor) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        hint = "a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors"
-        raise GraphError(f"{what}= is a {type(data).__name__}", source=here(), hint=hint)
-    if len(data) == 0:
-        raise GraphError(f"{what}= is empty", source=here())
-    shuffle = generator is not None
-    return DataLoader(data, given.batch_size, shuffle=shuffle, generator=generator, collate_fn=given.collate)
-
-
-def _check_batch(batch: Any, model: nn.Module, loss: Any) -> None:
-    """Whether the model can be called with a batch, before it is."""
-    if not isinstance(batch, Mapping):
-        if loss is None or not isinstance(batch, list | tuple) or len(batch) != 2:
-            hint = "a batch is a dict; or a pair (inputs, target) when there is a loss="
-            raise GraphError(f"a batch is a {type(batch).__name__}, loss={loss}", source=here(), hint=hint)
-        return
-    keys = set(batch)
-    if loss is not None:
-        if "labels" not in keys:
-            raise GraphError("a batch has no 'labels' for loss=", sides=[("it has", *batch)], source=here())
-        keys.remove("labels")
-    accepted = _accepted(model)
-    if accepted is not None and not keys <= set(accepted):
-        key = min(keys - set(accepted))
-        raise GraphError(
-            f"a batch has {key!r}, which the forward of {type(model).__name__} does not take",
-            sides=[("batch", ", ".join(batch)), ("forward", ", ".join(accepted))],
-            source=here(),
-            hint="give loss=" if key == "labels" else f"{suggestion(key, accepted)}\nor leave it out of the data",
-        )
-
-
-def _accepted(model: nn.Module) -> list[str] | None:
-    """The names that a forward takes; None when it takes any."""
-    names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            # **kwargs: Unpack[SomeTypedDict] says which
-            typed = typing.get_args(parameter.annotation)
-            if not typed:
-                return None
-            names += sorted(typed[0].__required_keys__ | typed[0].__optional_keys__)
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            names.append(parameter.name)
-    return names
 
 
 def _whole(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """How a module gets bodies without being replaced: its class is swapped for a subclass of the same name. Floor 4.
 
-On that subclass `forward` is a data descriptor: the inner forward runs first (the class's own, or one that a library
-put on the instance), then the bodies. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call all
-see the adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
+That subclass has a `forward` of its own: the inner forward runs first (the class's, or one that a library put on the
+instance), then the bodies. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call all see the
+adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from .errors import BadSplice, GraphError
 
 PLAN = "_adaptergraph_plan"
-# a forward that stood on the instance before, or that took the place of the class's own afterwards
+# a forward on the instance that takes the place of the class's own; one around ours stays where it is, at "forward"
 INNER = "_adaptergraph_inner"
-# a forward that a library put around ours afterwards
-OUTER = "_adaptergraph_outer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +82,8 @@ def unhost(module: nn.Module) -> None:
     for name in plan.hidden:
         module._modules.pop(name, None)
     # what a library put around our forward still calls ours, which from now on runs the inner one alone
-    for key in (OUTER, INNER):
-        if key in module.__dict__ and "forward" not in module.__dict__:
-            module.__dict__["forward"] = module.__dict__.pop(key)
+    if INNER in module.__dict__ and "forward" not in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(INNER)
 
 
 def has_other_class(module: nn.Module) -> bool:
@@ -171,18 +168,6 @@ def _names(code: types.CodeType) -> set[str]:
 # ---------------------------------------------------------------------- the swapped class
 
 
-class _Forward(property):
-    """`forward` of a hosted class: on an instance the one that is to run, on the class the function itself.
-
-    Libraries compare `type(module).forward` with the function they once put there, and make subclasses of it.
-    """
-
-    function: Any = None
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self.function if instance is None else self.fget(instance)  # type: ignore[misc]
-
-
 def hosted_class(cls: Any) -> type:
     """The subclass of a module's class on which bodies run; one for each class."""
     if cls in _HOSTED:
@@ -199,10 +184,23 @@ def hosted_class(cls: Any) -> type:
         return out
 
     def train(self: Any, mode: bool = True) -> Any:
+        if "forward" in self.__dict__:
+            # a library may have written past __setattr__
+            _set_forward(self, hosted, self.__dict__["forward"])
         cls.train(self, mode)
         if self.__dict__[PLAN].keeps_statistics:
             self.training = False
         return self
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward":
+            _set_forward(self, hosted, value)
+        else:
+            cls.__setattr__(self, name, value)
+
+    def delete_attribute(self: Any, name: str) -> None:
+        inner = name == "forward" and name not in self.__dict__ and INNER in self.__dict__
+        cls.__delattr__(self, INNER if inner else name)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """For copy and pickle: the swapped class has no name of its own in any module."""
@@ -213,47 +211,30 @@ def hosted_class(cls: Any) -> type:
             args = (cls, *args[1:])
         return (_remade, (make, args), *rest)
 
-    members = {"forward": forward, "train": train, "__reduce_ex__": reduce_ex, **_containers(cls)}
-    for name in ("__module__", "__qualname__", "__doc__"):
-        members[name] = getattr(cls, name)
+    members = {"forward": forward, "train": train, "__setattr__": set_attribute, "__delattr__": delete_attribute}
+    members |= {"__reduce_ex__": reduce_ex, **_containers(cls)}
+    members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     hosted: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda space: space.update(members))
-    # a class may wrap the forward of its subclasses: what is now there is the one that is to run
-    hosted.forward = _descriptor(cls, vars(hosted)["forward"])
     _HOSTED[cls] = hosted
     _ORIGINAL[hosted] = cls
     return hosted
 
 
-def _descriptor(cls: Any, function: Any) -> _Forward:
-    def get(self: Any) -> Any:
-        if "forward" in self.__dict__:
-            put(self, self.__dict__.pop("forward"))
-        outer = self.__dict__.get(OUTER)
-        return function.__get__(self) if outer is None else outer
-
-    def put(self: Any, value: Any) -> None:
-        state = self.__dict__
-        inside = list(parts_of(value))
+def _set_forward(self: Any, hosted: type, value: Any) -> None:
+    """Files a forward that is put on a hosted instance: around ours, inside ours, or none."""
+    # a class may wrap the forward of its subclasses, as layers that checkpoint themselves do
+    function = vars(hosted)["forward"]
+    state = self.__dict__
+    if any(part is function for part in parts_of(value)):
+        state["forward"] = value
         if getattr(value, "__func__", None) is function:
-            state.pop(OUTER, None)
-        elif any(part is function for part in inside):
-            state[OUTER] = value
-        else:
-            # it does not call ours: the host's own computation is another one now, or the class's again
-            state.pop(OUTER, None)
-            state.pop(INNER, None)
-            if getattr(value, "__func__", None) is not cls.forward:
-                state[INNER] = value
-
-    def remove(self: Any) -> None:
-        key = OUTER if OUTER in self.__dict__ else INNER
-        if key not in self.__dict__:
-            raise AttributeError("forward")
-        del self.__dict__[key]
-
-    descriptor = _Forward(get, put, remove)
-    descriptor.function = function
-    return descriptor
+            del state["forward"]
+        return
+    # it does not call ours: the host's own computation is another one now, or the class's again
+    state.pop("forward", None)
+    state.pop(INNER, None)
+    if getattr(value, "__func__", None) is not _ORIGINAL[hosted].forward:  # type: ignore[attr-defined]
+        state[INNER] = value
 
 
 def parts_of(function: Any) -> Iterator[Any]:
@@ -314,10 +295,21 @@ def _remade(make: Any, args: Any) -> Any:
 
 def _adapted(self: Any, step: Step, path: tuple[str | int, ...], out: Any, args: Any, kwargs: Any) -> Any:
     body = self._modules[step.child]
-    more = [args[i] if i is not None and i < len(args) else kwargs[name] for i, name in step.arguments]
+    more = [_argument(args, kwargs, i, name) for i, name in step.arguments]
     if not path:
         return body(out, *more)
     return _put(out, path, body(_at(out, path), *more))
+
+
+def _argument(args: Any, kwargs: Any, position: int | None, name: str) -> Any:
+    if position is not None and position < len(args):
+        return args[position]
+    if name in kwargs:
+        return kwargs[name]
+    raise GraphError(
+        f"a body reads the argument {name!r} of its host, which this call does not give",
+        hint="trace the model with the arguments that it is called with now",
+    )
 
 
 def _at(out: Any, path: tuple[str | int, ...]) -> Any:

@@ -30,10 +30,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a compiled graph expects of its arguments; floats follow the dtype the model was moved to."""
+    """What a compiled graph expects of its arguments; dtypes follow the model when it is moved."""
 
     specs: tuple[tuple[str, Shape, torch.dtype], ...]
-    floats: torch.dtype | None = None
     optional: frozenset[str] = frozenset()
 
 
@@ -46,13 +45,13 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
         if not isinstance(value, Tensor):
             what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
             raise GraphError(f"input {name!r} {what}", node=name, hint=f"call model({name}=…)")
-        want = inputs.floats if inputs.floats is not None and dtype.is_floating_point else dtype
-        if value.dtype != want:
+        both_floats = dtype.is_floating_point and value.is_floating_point()
+        if value.dtype != dtype and not (both_floats and torch.is_autocast_enabled(value.device.type)):
             raise ShapeMismatch(
                 f"input {name!r} has another dtype than declared",
                 node=name,
-                sides=[("declared", str(want)), ("given", str(value.dtype))],
-                hint=f"{name}.to({want})",
+                sides=[("declared", str(dtype)), ("given", str(value.dtype))],
+                hint=f"{name}.to({dtype})",
             )
         fits = len(shape) == value.dim()
         for want_size, size in zip(shape, value.shape, strict=False):
@@ -94,9 +93,9 @@ class CompiledGraph(torch.fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        floats = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        if floats is not None and self.inputs.specs:
-            self.inputs = replace(self.inputs, floats=floats)
+        # what `half()` or `to(…)` does to parameters it means for inputs too
+        specs = tuple((name, shape, fn(torch.empty(0, dtype=d)).dtype) for name, shape, d in self.inputs.specs)
+        self.inputs = replace(self.inputs, specs=specs)
         return self
 
 
@@ -161,7 +160,7 @@ def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
     if narrow:
         back = program.call_function(getattr, (given, "dtype"))
         values[outputs] = program.call_method("to", (values[outputs], back))
-    program.output(map_outputs(outputs, lambda name, _: values[name]))
+    program.output(map_outputs(outputs, values))
     return program
 
 
@@ -182,13 +181,10 @@ def _call(program: torch.fx.Graph, node: Node, inputs: list[Any]) -> Any:
     if node.op in ("param", "constant"):
         return program.create_node("get_attr", path, name=label)
     row = OPS.get(node.op)
-    if node.op == "module" or (row is not None and row.module is not None):
+    if row is None or row.module is not None:
         return program.create_node("call_module", path, tuple(inputs), name=label)
     options = {k: v for k, v in node.options.items() if not k.endswith("_init")}
-    if node.op in ("nx", "layer"):
-        given = dict(options.get("options", {}))
-        return program.create_node("call_function", options["fn"], tuple(inputs), given, name=label)
-    assert row is not None and row.function is not None
+    assert row.function is not None
     if not row.fold:
         return program.create_node("call_function", row.function, tuple(inputs), options, name=label)
     result = inputs[0]
@@ -215,76 +211,87 @@ def lower(
         device, dtype: of the new parameters.
     """
     shell = _shell(graph, checked)
-    nodes = {node.path: node for node in graph.nodes()}
-    # short paths first: `a` before `a.adapter.down`
-    for path, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
-        made = _made(graph, node, prefix + path, seed, device, dtype)
-        if made is not None:
-            _place(shell, path, made, node)
+    nodes = {node.path: node for node in graph.nodes() if node.op != "input"}
+    # on the CPU wherever they go: the starting values are the same on every device
+    meta = device is not None and torch.device(device).type == "meta"
+    made: set[str] = set()
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        # short paths first: `a` before `a.adapter.down`
+        for path, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
+            value = _made(graph, node, prefix + path, seed)
+            if value is not None:
+                _place(shell, path, value, node, made)
     for name, parameter in shell.named_parameters():
         parameter.requires_grad_(graph.trained.get(name, True))
-    keep_frozen_statistics(shell, graph.trained)
-    return shell
+    hosts = [name for name in graph.params if name not in graph.body_params]
+    all_frozen = bool(hosts) and not any(graph.trained[name] for name in hosts)
+    keep_frozen_statistics(shell, graph.trained, frozen=all_frozen)
+    return shell if device is None and dtype is None else shell.to(device=device, dtype=dtype)
 
 
-def _made(
-    graph: Graph,
-    node: Node,
-    name: str,
-    seed: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Any:
+def _made(graph: Graph, node: Node, name: str, seed: int) -> Any:
+    """The module, parameter or buffer of a node; None for one that is a function only."""
     row = OPS.get(node.op)
     if node.op == "constant":
-        return node.options["value"].clone().to(device=device)
+        return node.options["value"].clone()
     if node.op == "param":
         own = node.params[""]
-        parameter = nn.Parameter(torch.empty(own.shape, dtype=dtype or own.dtype, device=device))
+        parameter = nn.Parameter(torch.empty(own.shape, dtype=own.dtype))
         _filled({"init": parameter}, node.options, name, seed)
         return parameter
     if node.op == "module":
-        copied = copy.deepcopy(node.options["module"])
-        return copied.to(device=device, dtype=dtype) if device is not None or dtype is not None else copied
-    if row is None or row.module is None:
+        return copy.deepcopy(node.options["module"])
+    if row is not None and row.module is None:
         return None
-    values = [Value(n.shape or (), n.dtype or torch.float32) for n in (graph._nodes[i] for i in node.inputs)]
-    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
-        torch.default_generator.manual_seed(_seed(seed, name))
-        module = runnable(node.op, node.options)(values)
+    # a body of a half-precision host has parameters of another dtype than what it reads
+    dtype = next((p.dtype for p in node.params.values()), torch.float32)
+    values = [Value(graph._nodes[i].shape or (), dtype) for i in node.inputs]
+    torch.default_generator.manual_seed(_seed(seed, name))
+    module = runnable(node.op, node.options)(values)
     _filled({f"{n}_init": p for n, p in module.named_parameters()}, node.options, name, seed)
-    return module.to(dtype=dtype) if dtype is not None else module
+    return module
 
 
 def _filled(parameters: Mapping[str, Any], options: Mapping[str, Any], name: str, seed: int) -> None:
     for key, parameter in parameters.items():
         if options.get(key) is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(_seed(seed, f"{name}.{key}"))
-                initialise(parameter, options[key])
+            torch.default_generator.manual_seed(_seed(seed, f"{name}.{key}"))
+            initialise(parameter, options[key])
 
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _place(root: nn.Module, path: str, value: Any, node: Node) -> None:
+def _place(root: nn.Module, path: str, value: Any, node: Node, made: set[str]) -> None:
+    """Puts a node's tensors where its name says; `made` are the modules that were made for names."""
     *parents, last = path.split(".")
-    owner = root
+    owner, at = root, ""
     for part in parents:
-        child = owner._modules.get(part)
-        if child is None:
-            child = nn.Module()
-            add_child(owner, part, child)
-        owner = child
+        at = f"{at}.{part}" if at else part
+        if at not in made:
+            _refuse_attribute(owner, part, node)
+            add_child(owner, part, nn.Module())
+            made.add(at)
+        owner = owner._modules[part]  # type: ignore[assignment]
+    _refuse_attribute(owner, last, node)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(last, value)
     elif isinstance(value, Tensor):
         owner.register_buffer(last, value, persistent=False)
-    elif hasattr(owner, last):
-        raise GraphError(f"{path!r} would replace an attribute of {'.'.join(parents)!r}", node=path, source=node.source)
     else:
         add_child(owner, last, value)
+        made.add(path)
+
+
+def _refuse_attribute(owner: nn.Module, part: str, node: Node) -> None:
+    if hasattr(owner, part):
+        raise GraphError(
+            f"node {node.name!r} cannot be below a {type(owner).__name__}, which has {part!r} already",
+            node=node.name,
+            source=node.source,
+            hint=f"call it something else than {part!r}",
+        )
 
 
 def body_graph(graph: Graph, body: str) -> Graph:

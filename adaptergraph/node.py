@@ -43,9 +43,9 @@ class Param:
 class Node:
     """A named operation: what it does, what it reads, what comes out.
 
-    Nodes are made by the calls of `adaptergraph.layers` and by `ag.trace`, not by hand. `inputs` are nodes while a graph
-    is being written and names once it is a `Graph`; `graph["name"]` is a node that knows its graph and can be used in
-    further calls. `a + b`, `a - b`, `a * b` make nodes, where one side may be a number.
+    Nodes are made by the calls of `adaptergraph.layers` and by `ag.trace`, not by hand. `inputs` are nodes while a
+    graph is being written and names once it is a `Graph`; `graph["name"]` is a node that knows its graph and can be
+    used in further calls. `a + b`, `a - b`, `a * b` make nodes, where one side may be a number.
 
     Attributes:
         op: what it does: a row of the table of layers, or the class or function of an imported node.

@@ -124,7 +124,7 @@ def rewrite_nodes(graph: Graph, rewriter: Callable[[Node], Any]) -> Graph:
     changed = {p for n in draft.names.values() for p in draft.table[n].param_names()}
     table = {n: draft.table[n] for n in _inputs_first(draft.table, list(draft.table))}
     overrides = {p: t for p, t in graph._overrides.items() if p not in changed}
-    return _pruned(graph, table, map_outputs(graph.outputs, draft.now.get), overrides, bodies)
+    return _pruned(graph, table, map_outputs(graph.outputs, draft.now), overrides, bodies)
 
 
 def _check_fits(old: Node, result: Any, source: Source | None) -> None:

@@ -53,7 +53,7 @@ def pattern(text: str) -> re.Pattern[str]:
     # `a.**.b` also matches `a.b`: `**` is any number of segments, none included
     body = body.replace(r"\.**\.", r"\.(?:[^/]*\.)?")
     body = re.sub(r"^\*\*\\\.", r"(?:[^/]*\\.)?", body)
-    body = re.sub(r"\\\.\*\*$", r"(?:\\.[^/]*)?", body)
+    body = re.sub(r"\\\.\*\*(?=/|$)", r"(?:\\.[^/]*)?", body)
     return re.compile(body.replace("**", "[^/]*"))
 
 

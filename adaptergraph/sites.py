@@ -63,17 +63,15 @@ def attach(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Puts the bodies of an imported graph on a model, all or none.
+    """Puts the bodies of an imported graph on its model (see `check_host`), all or none.
 
     Args:
         keep: remember the values that training may change, so that `detach` can give them back.
 
     Raises:
         BadSplice: a body cannot be attached.
-        StateMismatch: the model is not the one that was traced.
     """
     assert graph.imported is not None
-    check_host(model, graph)
     steps = {name: _step(model, graph, body) for name, body in graph.bodies.items()}
     made = {
         name: lower(
@@ -112,9 +110,8 @@ def _attach(model: nn.Module, record: Attachment, steps: Mapping[str, Step], mad
         child.train(module.training)
         _turn_off_fused_paths(model, body.host, record)
     record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
-    tied = graph.imported.tied
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(graph.trained[tied.get(name, name)])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(graph.trained[name])
 
 
 def _step(model: nn.Module, graph: Graph, body: Body) -> Step:

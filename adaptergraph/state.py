@@ -26,11 +26,10 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         if id(parameter) in memo or type(parameter) is not nn.Parameter:
             continue
         values = parameter.detach()
-        own = trained.get(name, False)
-        twin = nn.Parameter(values.clone() if own else values, requires_grad=parameter.requires_grad)
-        if not own:
-            setattr(twin, _SHARED, True)
-        memo[id(parameter)] = twin
+        memo[id(parameter)] = nn.Parameter(values.clone() if trained.get(name, False) else values, requires_grad=False)
+        if not trained.get(name, False):
+            _share(memo[id(parameter)])
+        memo[id(parameter)].requires_grad_(parameter.requires_grad)
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -56,12 +55,26 @@ def _refuse_foreign_forward(model: nn.Module, copied: nn.Module) -> None:
             )
 
 
+def _share(parameter: nn.Parameter) -> None:
+    """Marks a parameter as shared, until somebody sets `requires_grad` by hand and its first gradient arrives."""
+    setattr(parameter, _SHARED, True)
+    if parameter.is_floating_point() and not parameter.is_inference():
+        parameter.requires_grad_(True)
+        parameter.register_post_accumulate_grad_hook(_own)
+        parameter.requires_grad_(False)
+
+
+def _own(parameter: Tensor) -> None:
+    if getattr(parameter, _SHARED, False):
+        parameter.data = parameter.data.clone()
+        delattr(parameter, _SHARED)
+
+
 def unshare(module: nn.Module, *_: Any) -> None:
     """Before values are loaded into a module: its shared parameters get storage of their own."""
     for parameter in module._parameters.values():
-        if parameter is not None and getattr(parameter, _SHARED, False):
-            parameter.data = parameter.data.clone()
-            delattr(parameter, _SHARED)
+        if parameter is not None:
+            _own(parameter)
 
 
 def _uncopied(model: nn.Module, error: Exception) -> GraphError:
@@ -89,7 +102,7 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str) -> No
         StateMismatch: a name is unknown or a shape differs.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    wrong = []
+    wrong: list[tuple[str, ...]] = []
     for name, value in values.items():
         mine = own.get(name)
         if mine is None:
@@ -98,12 +111,9 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str) -> No
         elif mine.shape != value.shape:
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
     if wrong:
-        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])  # type: ignore[list-item]
+        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
         raise StateMismatch(f"{len(wrong)} tensors of {what} do not fit the model", sides=shown, source=here())
-    owners = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
     with torch.no_grad():
         for name, value in values.items():
-            owner = owners.get(id(own[name]))
-            if owner is not None:
-                unshare(owner)
+            _own(own[name])
             own[name].copy_(value)

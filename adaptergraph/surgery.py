@@ -1,4 +1,4 @@
-"""Bodies put into a graph and taken out of it: the table is copied, some consumers repointed, the rest shared. Floor 1."""
+"""Bodies put into a graph and taken out: the table is copied, some consumers repointed, the rest shared. Floor 1."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Draft:
         Two branches that a user wrote over one node replace nothing for each other.
         """
         passed: set[str] = set()
-        while len(names := self.replacing.get(value, ())) == 1 and past(self.bodies[names[0]]):
+        while len(names := self.replacing.get(value, [])) == 1 and past(self.bodies[names[0]]):
             passed.add(names[0])
             value = dict(self.bodies[names[0]].calls)[value]
         return value, passed
@@ -97,7 +97,7 @@ class _Draft:
             self.nodes[reader] = replace(node, inputs=tuple(new if i == old else i for i in node.inputs))
             del self.readers[old][reader]
             self.readers[new][reader] = None
-        self.outputs = map_outputs(self.outputs, {old: new}.get)
+        self.outputs = map_outputs(self.outputs, {old: new})
         for name in self.replacing.pop(old, ()):
             body = self.bodies[name]
             self.bodies[name] = replace(body, calls=tuple((new if r == old else r, w) for r, w in body.calls))
@@ -110,7 +110,7 @@ class _Draft:
         self.readers[name] = {}
         for value in dict.fromkeys(node.inputs):
             self.readers[value][name] = None
-        anchor = max((self.anchor[i] for i in node.inputs), key=self.rank.__getitem__, default=self.anchor[near])
+        anchor = max((self.anchor[i] for i in (near, *node.inputs)), key=self.rank.__getitem__)
         self.anchor[name] = anchor
         self.after.setdefault(anchor, []).append(name)
 
@@ -118,13 +118,13 @@ class _Draft:
         return [n for name in self.graph._nodes for n in (name, *self.after.get(name, ()))]
 
 
-def map_outputs(outputs: Any, new_name: Callable[[str, str], str]) -> Any:
-    """The same structure with other names: `new_name(name, default)`."""
+def map_outputs(outputs: Any, names: Mapping[str, str]) -> Any:
+    """The same structure with some names replaced."""
     if isinstance(outputs, str):
-        return new_name(outputs, outputs)
+        return names.get(outputs, outputs)
     if isinstance(outputs, dict):
-        return {key: map_outputs(value, new_name) for key, value in outputs.items()}
-    return tuple(map_outputs(value, new_name) for value in outputs)
+        return {key: map_outputs(value, names) for key, value in outputs.items()}
+    return tuple(map_outputs(value, names) for value in outputs)
 
 
 def in_order(nodes: Mapping[str, Node], wanted: Iterable[str], source: Source | None) -> dict[str, Node]:
@@ -148,16 +148,23 @@ def in_order(nodes: Mapping[str, Node], wanted: Iterable[str], source: Source | 
             path[top] = None
             again = next((i for i in missing if i in path), None)
             if again is not None:
-                around = [again, *reversed(list(path)[list(path).index(again) :])]
-                raise BadSplice(
-                    f"{top!r} reads {again!r}, which is computed from it: a cycle",
-                    node=top,
-                    sides=[("cycle", " → ".join(around if len(around) < 9 else [*around[:4], "…", *around[-4:]]))],
-                    source=source,
-                    hint="a node can only read what is computed before it",
-                )
+                raise _cycle(nodes, [*reversed(list(path)[list(path).index(again) :])], source)
             stack += reversed(missing)
     return table
+
+
+def _cycle(nodes: Mapping[str, Node], ring: list[str], source: Source | None) -> BadSplice:
+    """Each name is read by the next, and the last by the first; told from the body that closes it, if there is one."""
+    closing = [i for i, n in enumerate(ring) if nodes[n].body not in (None, nodes[ring[i - 1]].body)]
+    ring = ring[closing[0] :] + ring[: closing[0]] if closing else ring
+    shown = ring if len(ring) < 9 else [*ring[:4], "…", *ring[-4:]]
+    return BadSplice(
+        f"{ring[0]!r} reads {ring[-1]!r}, which is computed from it: a cycle",
+        node=ring[0],
+        sides=[("cycle", " → ".join([*shown, ring[0]]))],
+        source=source,
+        hint="a node can only read what is computed before it",
+    )
 
 
 def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None) -> Graph:
@@ -179,7 +186,9 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     draft = _Draft(graph)
     for host in hosts:
         _attach(draft, host, apply, name, where, source)
-    kept: Any = at if isinstance(at, str) else list(at) if _plain(at) else list(hosts)
+    texts = entries_of(at)
+    plain = all(isinstance(entry, str) for entry in texts)
+    kept = at if isinstance(at, str) else texts if plain else list(hosts)
     record = Splice(kept, method, name, where, tuple(hosts))
     return graph._with(
         nodes=in_order(draft.nodes, draft.ordered(), source),
@@ -189,12 +198,8 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     )
 
 
-def _plain(at: Any) -> bool:
-    return isinstance(at, list | tuple) and all(isinstance(entry, str) for entry in at)
-
-
 def _hosts(graph: Graph, at: Selector, source: Source | None) -> Selection:
-    """The hosts of a splice: what is named is taken at its word, a pattern or predicate means only what can be a host."""
+    """The hosts of a splice: a name is taken at its word, a pattern or predicate means only what can be a host."""
     found: list[str] = []
     for entry in entries_of(at):
         names = hits(graph, entry)
@@ -236,7 +241,7 @@ def _refuse(graph: Graph, hosts: Iterable[str], source: Source | None) -> None:
             _refuse_imported(graph, host, source)
         elif node is not None and node.op in NO_PLACE and (node.op != "input" or graph.imported is not None):
             raise BadSplice(
-                f"{host!r} is {'an' if node.op[0] in 'aeiou' else 'a'} {node.op} of the graph: a body is added at a layer",
+                f"{host!r} is of the kind {node.op!r}: a body is added at a layer",
                 node=host,
                 source=source,
                 hint="splice at a layer that reads it",
@@ -265,12 +270,19 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
             f"{host!r} is an operation or one call inside a forward: no body can be attached there",
             node=host,
             source=source,
-            hint=f"splice at the module around it: {around!r}",
+            hint=f"splice at the module around it: {around!r}" if around else "splice at a module inside the model",
         )
     module = graph.imported.modules.get(host)
-    if module is not None and not module.calls:
+    if module is None:
+        raise BadSplice(
+            f"{host!r} is the model itself: bodies are added at modules inside it",
+            node=host,
+            source=source,
+            hint="trace it inside another module: nn.Sequential(model)",
+        )
+    if not module.calls:
         raise _never_called(graph, host, source)
-    if module is not None and not all(call.output for call in module.calls):
+    if not all(call.output for call in module.calls):
         raise BadSplice(
             f"{host!r} ({module.cls}) returns no float tensor: a body has nothing to work on",
             node=host,
@@ -283,11 +295,13 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
     own = [p for p in graph.imported.params if p.startswith(host + ".")]
     reader = next((graph.imported.readers[p] for p in own if p in graph.imported.readers), None)
     why = f"; its {own[0].rpartition('.')[2]} is read by {reader!r}" if reader else ""
+    parent = host.rpartition(".")[0]
+    other = f", or splice at {parent!r}" if parent else ""
     return BadSplice(
         f"{host!r} ({graph.imported.modules[host].cls}) is never called{why}: a body there would never run",
         node=host,
         source=source,
-        hint=f"splice at {reader!r}" if reader else f"narrow the pattern, or splice at {host.rpartition('.')[0]!r}",
+        hint=f"splice at {reader!r}" if reader else f"narrow the pattern{other}",
     )
 
 
@@ -510,7 +524,7 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
                 gone.update(dict.fromkeys(below[hit]))
     moved = {write: read for name in gone for read, write in graph.bodies[name].calls}
 
-    def back(value: str, default: str = "") -> str:
+    def back(value: str) -> str:
         while value in moved:
             value = moved[value]
         return value
@@ -520,7 +534,7 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
         for name, node in graph._nodes.items()
         if node.body not in gone
     }
-    outputs = map_outputs(graph.outputs, back)
+    outputs = map_outputs(graph.outputs, {value: back(value) for value in moved})
     _refuse_readers(graph, nodes, outputs, source)
     bodies = {
         name: replace(body, calls=tuple((back(r), w) for r, w in body.calls))

@@ -9,7 +9,6 @@ import copy
 import functools
 import gc
 import re
-import traceback
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import GraphError, here
 from .graph import Graph
@@ -47,6 +46,12 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """
     if not isinstance(model, nn.Module):
         raise GraphError(f"trace takes an nn.Module, not {type(model).__name__}", source=here())
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise GraphError(
+            "this model went through torch.compile, which hides its modules",
+            source=here(),
+            hint="trace the model itself, then compile the adapted one: torch.compile(graph.compile())",
+        )
     for path, module in model.named_modules():
         if "_adaptergraph" in module.__dict__:
             raise GraphError(
@@ -56,14 +61,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
             )
     errors: list[Exception] = []
     for attempt in (_fake, _bfloat16, _real):
-        try:
-            recorder = attempt(model, args, kwargs, errors)
-        except GraphError:
-            raise
-        except Exception as error:
-            # the frames of the traceback hold tensors of the run
-            errors.append(error.with_traceback(None))
-            continue
+        recorder = attempt(model, args, kwargs, errors)
         if recorder is not None:
             return _Finish(model, recorder, args, kwargs).graph()
     raise _failed(model, args, kwargs, errors[-1]) from errors[-1]
@@ -90,45 +88,60 @@ def _describe(value: Any) -> str:
 # ---------------------------------------------------------------------- running the model once
 
 
-def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder:
-    with _without_leaks(model) as recorder:
-        _run(recorder, model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
-    return recorder
+def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
+    return _attempt(model, args, kwargs, errors, Recorder(model, None), FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
     """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
     if "bf16" not in str(errors[-1]).lower() and "bfloat16" not in str(errors[-1]).lower():
         return None
-    with _without_leaks(model, torch.bfloat16) as recorder:
-        _run(recorder, model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
+    recorder = Recorder(model, torch.bfloat16)
+    return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
+    """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
+    if any(p.is_meta for p in model.parameters()):
+        return None
+    held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
+    kept = [(t, t.clone()) for t in held]
+    recorder = _attempt(model, args, kwargs, errors, Recorder(model, None), None)
+    with torch.no_grad():
+        for tensor, values in kept:
+            if tensor.shape != values.shape:
+                tensor.data = values
+            elif not torch.equal(tensor, values):
+                tensor.copy_(values)
     return recorder
 
 
-def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder:
-    """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
-    if any(p.is_meta for p in model.parameters()):
-        raise errors[0]
-    held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
-    kept = [(t, t.clone()) for t in held]
-    recorder = Recorder(model, None)
+def _attempt(
+    model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], recorder: Recorder, mode: FakeTensorMode | None
+) -> Recorder | None:
+    """One run; if it fails, what it raised is added to the errors."""
+    failed = False
     try:
-        _run(recorder, model, args, kwargs, None)
-        recorder.forget()
-        return recorder
-    finally:
-        with torch.no_grad():
-            for tensor, values in kept:
-                if tensor.shape != values.shape:
-                    tensor.data = values
-                elif not torch.equal(tensor, values):
-                    tensor.copy_(values)
+        _run(recorder, model, args, kwargs, mode)
+    except Exception as error:
+        failed = True
+        errors.append(error)
+        part: BaseException | None = error
+        while part is not None:
+            # the frames of a traceback hold tensors of the run
+            part.__traceback__ = None
+            part = part.__cause__ or part.__context__
+    _clear_caches(recorder.forget(), model)
+    return None if failed else recorder
 
 
 def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> None:
     with ExitStack() as stack:
-        for context in (quiet(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[])):
-            stack.enter_context(context)
+        stack.enter_context(quiet())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(model))
         if mode is not None:
             faked = _Faker(mode, recorder.dtype)
@@ -187,11 +200,11 @@ class _Faker:
             return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
 
     def swap(self, model: nn.Module) -> None:
-        """Puts twins in the place of a model's parameters and buffers."""
+        """Puts twins in the place of a model's parameters, buffers and other tensors."""
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            for table in (module._parameters, module._buffers, vars(module)):
                 for name, tensor in table.items():
-                    if tensor is not None:
+                    if isinstance(tensor, Tensor):
                         table[name] = self(tensor)
 
 
@@ -209,28 +222,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             (value.extend if isinstance(value, list) else value.update)(contents)
 
 
-@contextmanager
-def _without_leaks(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Recorder]:
-    """A forward that caches tensors must not keep fake ones: caches are cleared, anything else is an error."""
-    recorder = Recorder(model, dtype)
-    try:
-        yield recorder
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        _clear_caches(recorder.forget(), model)
-
-
 def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
+    """A forward that caches tensors must not keep fake ones: caches are cleared, anything else is an error."""
     if not _alive(seen):
         return
     gc.collect()
     left = _alive(seen)
     if not left:
         return
-    for cached in [o for o in gc.get_objects() if isinstance(o, _lru_cache_wrapper)]:
-        if any(_holds(cached, t) for t in left):
+    for cached in [o for o in gc.get_objects() if type(o) is _lru_cache_wrapper]:
+        if cached.cache_info().currsize and any(_holds(cached, t) for t in left):
             cached.cache_clear()
     left.clear()
     gc.collect()
@@ -244,8 +245,8 @@ def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
         )
 
 
-def _alive(refs: list[weakref.ref[Tensor]]) -> list[Tensor]:
-    return [t for t in (ref() for ref in refs) if t is not None]
+def _alive(refs: list[weakref.ref[Tensor]]) -> list[FakeTensor]:
+    return [t for t in (ref() for ref in refs) if isinstance(t, FakeTensor)]
 
 
 def _holds(owner: Any, tensor: Tensor, depth: int = 4) -> bool:
@@ -322,15 +323,16 @@ class _Finish:
 
     def add(self, record: Record, reads: list[str], params: Mapping[str, Param]) -> None:
         shape, dtype = record.outs[record.main]
-        own = next(iter(params.values()), None)
-        if self.recorder.dtype is not None and dtype == self.recorder.dtype:
-            dtype = own.dtype if own is not None else next(self.model.parameters()).dtype
         inputs = tuple(dict.fromkeys(r for r in reads if r != record.name))
         name = record.name or type(self.model).__name__
         record.name = name
-        self.nodes[name] = Node(record.op, inputs, name, shape, dtype, params=params)
+        self.nodes[name] = Node(record.op, inputs, name, shape, self.dtype(dtype), params=params)
         if record.kind != "input":
             self.scopes[name] = path_of(record.scope)
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a value in the model itself, where the run was made in another one."""
+        return next(self.model.parameters()).dtype if dtype == self.recorder.dtype else dtype
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
@@ -341,7 +343,7 @@ class _Finish:
         label = re.sub(r"[^\w.@/:]", "_", label)
         if label not in self.nodes:
             shape, dtype = final.outs[key]
-            self.nodes[label] = Node("output", (final.name,), label, shape, dtype)
+            self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
             self.scopes[label] = path_of(final.scope)
         return label
 

@@ -87,7 +87,7 @@ class Verbs:
         """The shape of the output; for several, the shapes in the structure of `outputs`."""
         from .surgery import map_outputs
 
-        return map_outputs(self.outputs, lambda name, _: self._nodes[name].shape)
+        return map_outputs(self.outputs, {name: self._nodes[name].shape for name in self.output_names()})
 
     def get_op_counts(self: Any) -> dict[str, int]:
         """How many nodes there are of each op.

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and what each of them is called with: shared by the tests of importing and hosting."""
+"""Tiny models with random weights, and what each is called with: for the tests of importing and hosting."""
 
 from __future__ import annotations
 
@@ -143,9 +143,7 @@ def t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-        )
+        T5Config(vocab_size=40, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
 
 

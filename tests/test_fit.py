@@ -327,7 +327,8 @@ def test_compiled_by_torch(tmp_path):
     plain = declared().compile()
     model = torch.compile(plain, backend="eager", fullgraph=True)
     before = state(plain)
-    report = classify(model, rows(), epochs=2, evaluate=rows(), folder=tmp_path)
+    classify(model, rows(), evaluate=rows())
+    report = classify(model, rows(), epochs=2, folder=tmp_path)
     assert report.steps == 4
     assert changed(plain, before)
     assert torch.equal(ag.load(declared(), tmp_path)(rows()["x"]), plain(rows()["x"]))
@@ -666,9 +667,9 @@ def test_no_loss(adapted):
     del data["labels"]
     assert 'put "labels" in the batch' in refused("there is no loss", adapted, data, loss=None)
     refused("a batch has no 'labels' for loss=.*it has +x", data={"x": rows()["x"]})
-    text = refused("a batch is a list, loss=None", data=pairs(), loss=None)
-    assert "a pair (inputs, target) when there is a loss=" in text
-    refused("a batch is a list", data=[(*p, 1) for p in pairs()])
+    text = refused("a batch is a list, and there is no loss=", data=pairs(), loss=None)
+    assert "a dict, or with loss= a pair (inputs, target)" in text
+    refused("a batch is a list\n", data=[(*p, 1) for p in pairs()])
     refused("a batch is a Tensor", data=list(rows()["x"]))
     refused(
         r"the loss has shape \(32, 3\), it must be one number",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import byhand
 import pytest
 import torch
-from models import CASES, keys, loss, run, snapshot, tensors
+from models import CASES, keys, loss, run, tensors
 from torch import nn
 
 import adaptergraph as ag
@@ -96,7 +96,9 @@ def test_a_body_that_reads_its_hosts_input_equals_one_written_by_hand(traced, na
 def test_bodies_stack_in_the_order_they_were_added(traced, name):
     case, _, graph = traced(name)
     at = case.linear or case.sites[0]
-    model = graph.splice(at, METHOD, name="one").splice(at, METHOD, name="two").splice(at, METHOD, name="three").compile()
+    model = (
+        graph.splice(at, METHOD, name="one").splice(at, METHOD, name="two").splice(at, METHOD, name="three").compile()
+    )
     for host in graph.select(at):
         assert [s.child for s in model.get_submodule(host)._adaptergraph_plan.steps] == ["one", "two", "three"]
     compare(case, byhand.randomise(model, 0.3))
@@ -229,7 +231,9 @@ def test_training_changes_bodies_and_unfrozen_parameters_only(traced, name):
 def test_the_copy_has_the_hosts_keys_and_the_bodies_own(traced, name):
     case, base, graph = traced(name)
     model = graph.splice(list(case.sites), METHOD).compile()
-    added = [f"{b}.{part}.{p}" for b in ag.graph_of(model).bodies for part in ("down", "up") for p in ("weight", "bias")]
+    added = [
+        f"{b}.{part}.{p}" for b in ag.graph_of(model).bodies for part in ("down", "up") for p in ("weight", "bias")
+    ]
     assert [k for k in keys(model) if k not in set(added)] == keys(base)
     assert sorted(set(keys(model)) - set(keys(base))) == sorted(added)
     assert type(model) is type(base)

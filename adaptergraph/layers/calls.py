@@ -5,18 +5,29 @@ The first argument is the input node (or nodes), options are keyword-only after 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import GraphError, Source, here
+from ..errors import GraphError, ShapeMismatch, here
 from ..names import check_input_name, check_name
-from ..node import Dim, Node, Param, check_present
-from ..shapes import infer
+from ..node import Dim, Node, Param, format_shape
 from .initializers import check_initializer
-from .naming import current_space, scoped, shared
-from .table import check_activation, runnable
+from .making import (
+    activated,
+    check_axis,
+    check_flag,
+    check_function,
+    check_inputs,
+    check_rate,
+    check_size,
+    listed,
+    make,
+    several,
+    spelt,
+)
+from .naming import current_space, scoped
 
 __all__ = [
     "activation",
@@ -47,6 +58,7 @@ __all__ = [
 ]
 
 
+@spelt
 def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32, *, optional: bool = False) -> Node:
     """An input of the graph: an argument of the compiled model's `forward`.
 
@@ -67,7 +79,8 @@ def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32, *
     if isinstance(shape, str) or not isinstance(shape, Sequence):
         raise GraphError(f"the shape of input {name!r} is a tuple of sizes, not {shape!r}", source=source)
     for dim in shape:
-        if isinstance(dim, bool) or not (dim is None or isinstance(dim, str) or (isinstance(dim, int) and dim > 0)):
+        number = isinstance(dim, int) and not isinstance(dim, bool) and dim > 0
+        if not (dim is None or number or (isinstance(dim, str) and dim)):
             raise GraphError(
                 f"{dim!r} in the shape of input {name!r} is no size",
                 node=str(name),
@@ -76,11 +89,12 @@ def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32, *
             )
     if not isinstance(dtype, torch.dtype):
         raise GraphError(f"the dtype of input {name!r} is a torch.dtype, not {dtype!r}", source=source)
-    options = {"optional": True} if _flag(optional, "optional", str(name)) else {}
+    options = {"optional": True} if check_flag(optional, "optional") else {}
     return Node("input", (), check_input_name(name, source), tuple(shape), dtype, options, source=source)
 
 
-def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.dtype = torch.float32) -> Node:
+@spelt
+def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.dtype | None = torch.float32) -> Node:
     """A trained tensor as a node of its own; `name` is its key in `state_dict()`.
 
     Args:
@@ -93,25 +107,36 @@ def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.
     ['scale']
     """
     source = here()
-    sizes = tuple(_size(s, f"a size of param {name!r}") for s in shape)
-    options = {"init": check_initializer(init)}
-    own = {"": Param(sizes, dtype)}
-    return Node("param", (), check_name(scoped(name), source), sizes, dtype, options, own, source=source)
+    name = check_name(scoped(check_name(name, source)), source)
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise GraphError(f"the shape of param {name!r} is a tuple of sizes, not {shape!r}", node=name, source=source)
+    sizes = tuple(check_size(s, f"a size of param {name!r}") for s in shape)
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        raise GraphError(f"param {name!r} is trained, so its dtype is one of floats, not {dtype!r}", source=source)
+    options = {"init": check_initializer(init, sizes, f"param {name!r}")}
+    return Node("param", (), name, sizes, dtype, options, {"": Param(sizes, dtype)}, source=source)
 
 
+@spelt
 def constant(value: torch.Tensor | float | int, *, name: str | None = None) -> Node:
-    """A tensor or number that never changes; kept in the compiled model as a buffer, not in `state_dict()`."""
+    """A tensor or number that never changes; kept in the compiled model as a buffer, not in `state_dict()`.
+
+    >>> import adaptergraph as ag
+    >>> ag.constant(2.0, name="two")
+    <two: constant scalar>
+    """
     source = here()
     if isinstance(value, bool) or not isinstance(value, torch.Tensor | float | int):
         raise GraphError(f"a constant is a tensor or a number, not {value!r}", node=name, source=source)
     tensor = value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
     options = {"value": tensor}
-    checked = None if name is None else check_name(scoped(name), source)
+    checked = None if name is None else check_name(scoped(check_name(name, source)), source)
     return Node(
         "constant", (), checked, tuple(tensor.shape), tensor.dtype, options, source=source, space=current_space()
     )
 
 
+@spelt
 def dense(
     x: Node,
     size: int,
@@ -138,11 +163,12 @@ def dense(
     >>> ag.dense(ag.input("x", shape=("batch", 768)), 64)
     <unnamed: dense batch × 64>
     """
-    options = {"size": _size(size, "the size of dense", name), "bias": _flag(bias, "bias", name)}
-    node = _node("dense", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
-    return node if activation is None else _activation(activation, node, None)
+    options = {"size": check_size(size, "the size of dense", name), "bias": check_flag(bias, "bias", name)}
+    node = make("dense", [x], name, options, share, weight_init=weight_init, bias_init=bias_init)
+    return node if activation is None else activated(activation, node, None)
 
 
+@spelt
 def embedding(
     x: Node,
     vocab_size: int,
@@ -153,59 +179,71 @@ def embedding(
     name: str | None = None,
 ) -> Node:
     """Rows of a trained table: integers `...` to `... × size` (`nn.Embedding`)."""
-    options = {"vocab_size": _size(vocab_size, "vocab_size", name), "size": _size(size, "the size of embedding", name)}
-    return _node("embedding", [x], name, options, share=share, weight_init=weight_init)
+    rows, features = check_size(vocab_size, "vocab_size", name), check_size(size, "the size of embedding", name)
+    return make("embedding", [x], name, {"vocab_size": rows, "size": features}, share, weight_init=weight_init)
 
 
+@spelt
 def activation(x: Node, activation: str, *, name: str | None = None, **options: Any) -> Node:
     """An activation by its name, with torch's options.
 
     Raises:
         GraphError: there is no such activation; the nearest name is in the message.
     """
-    return _activation(activation, x, name, **options)
+    return activated(activation, x, name, **options)
 
 
+@spelt
 def relu(x: Node, *, name: str | None = None) -> Node:
     """max(x, 0)."""
-    return _activation("relu", x, name)
+    return activated("relu", x, name)
 
 
+@spelt
 def gelu(x: Node, *, approximate: str = "none", name: str | None = None) -> Node:
     """X Φ(x); `approximate="tanh"` is the approximation of Hendrycks and Gimpel 2016."""
-    return _activation("gelu", x, name, **({} if approximate == "none" else {"approximate": approximate}))
+    return activated("gelu", x, name, **({} if approximate == "none" else {"approximate": approximate}))
 
 
+@spelt
 def silu(x: Node, *, name: str | None = None) -> Node:
     """X sigmoid(x), also called swish."""
-    return _activation("silu", x, name)
+    return activated("silu", x, name)
 
 
+@spelt
 def tanh(x: Node, *, name: str | None = None) -> Node:
     """The hyperbolic tangent."""
-    return _activation("tanh", x, name)
+    return activated("tanh", x, name)
 
 
+@spelt
 def sigmoid(x: Node, *, name: str | None = None) -> Node:
     """1 / (1 + exp(-x))."""
-    return _activation("sigmoid", x, name)
+    return activated("sigmoid", x, name)
 
 
+@spelt
 def softmax(x: Node, *, dim: int = -1, name: str | None = None) -> Node:
     """exp(x) normalised to sum one over `dim`."""
-    return _activation("softmax", x, name, dim=dim)
+    return activated("softmax", x, name, dim=dim)
 
 
+@spelt
 def dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
     """Zeroes a share of the values while training and scales the rest (`nn.Dropout`)."""
-    return _node("dropout", [x], name, {"rate": check_rate(rate, name)})
+    return make("dropout", [x], name, {"rate": check_rate(rate, name)})
 
 
+@spelt
 def layer_norm(x: Node, *, eps: float = 1e-5, share: Node | None = None, name: str | None = None) -> Node:
     """Normalises the last dimension (`nn.LayerNorm`): scale starts at one, shift at zero."""
-    return _node("layer_norm", [x], name, {"eps": float(eps)}, share=share)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+        raise GraphError(f"eps is a number that is not negative, not {eps!r}", node=name, source=here())
+    return make("layer_norm", [x], name, {"eps": float(eps)}, share)
 
 
+@spelt
 def attention(
     query: Node,
     key: Node,
@@ -221,34 +259,49 @@ def attention(
 
     Args:
         query: `batch × seq × size`, as are `key` and `value`; the size is a multiple of `num_heads`.
-        mask: true where a key may be seen: `batch × seq`, or anything that broadcasts to `batch × heads × seq × seq`.
+        mask: true (or not 0) where a key may be seen, floats are added to the scores: `batch × keys`,
+            `batch × queries × keys`, or anything that broadcasts to `batch × heads × queries × keys`.
         dropout: of the attention weights, while training.
+        causal: a query sees no later key.
     """
-    heads = _size(num_heads, "num_heads", name)
-    options = {"num_heads": heads, "dropout": check_rate(dropout, name), "causal": _flag(causal, "causal", name)}
-    return _node("attention", [query, key, value, *([] if mask is None else [mask])], name, options)
+    for node in (query, key, value):
+        if isinstance(node, Node) and node.shape is not None and len(node.shape) < 3:
+            raise ShapeMismatch(
+                f"attention reads batch × seq × size, not {format_shape(node.shape)}",
+                node=name,
+                sides=[("reads", node.name or node.op, format_shape(node.shape))],
+                source=here(),
+            )
+    heads = check_size(num_heads, "num_heads", name)
+    options = {"num_heads": heads, "dropout": check_rate(dropout, name), "causal": check_flag(causal, "causal", name)}
+    return make("attention", [query, key, value, *([] if mask is None else [mask])], name, options)
 
 
+@spelt
 def add(x: Sequence[Node], *more: Node, name: str | None = None) -> Node:
     """The sum of two or more nodes."""
-    return _node("add", _several(x, more, "add"), name, {})
+    return make("add", several(x, more, "add"), name, {})
 
 
+@spelt
 def subtract(x: Sequence[Node], *more: Node, name: str | None = None) -> Node:
     """The first node minus the others."""
-    return _node("subtract", _several(x, more, "subtract"), name, {})
+    return make("subtract", several(x, more, "subtract"), name, {})
 
 
+@spelt
 def multiply(x: Sequence[Node], *more: Node, name: str | None = None) -> Node:
     """The product of two or more nodes."""
-    return _node("multiply", _several(x, more, "multiply"), name, {})
+    return make("multiply", several(x, more, "multiply"), name, {})
 
 
+@spelt
 def concatenate(x: Sequence[Node], *more: Node, dim: int = -1, name: str | None = None) -> Node:
     """Nodes side by side along `dim`."""
-    return _node("concatenate", _several(x, more, "concatenate"), name, {"dim": dim})
+    return make("concatenate", several(x, more, "concatenate"), name, {"dim": check_axis(dim, name)})
 
 
+@spelt
 def reshape(x: Node, shape: Sequence[Dim], *, name: str | None = None) -> Node:
     """Another shape: sizes, names of sizes that x has (`"batch"`), and at most one -1 for what is left.
 
@@ -257,52 +310,68 @@ def reshape(x: Node, shape: Sequence[Dim], *, name: str | None = None) -> Node:
     <unnamed: reshape batch × 3 × 4>
     """
     source = here()
-    _check_inputs("reshape", [x], source)
+    check_inputs("reshape", [x], source)
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise GraphError(f"reshape takes a tuple of sizes, not {shape!r}", node=name, source=source)
+    known = x.shape or ()
     sizes: list[Any] = []
     for dim in shape:
         if isinstance(dim, str):
-            if dim not in (x.shape or ()):
+            if dim not in known:
                 raise GraphError(
                     f"reshape asks for {dim!r}, which {x.name or x.op!r} has not",
                     node=name,
-                    sides=[("reads", x.name or x.op, " × ".join(map(str, x.shape or ())))],
+                    sides=[("reads", x.name or x.op, format_shape(known))],
                     source=source,
                 )
-            sizes.append(((x.shape or ()).index(dim),))
-        elif isinstance(dim, int) and not isinstance(dim, bool):
+            sizes.append((known.index(dim),))
+        elif isinstance(dim, int) and not isinstance(dim, bool) and dim >= -1:
             sizes.append(dim)
         else:
             raise GraphError(f"{dim!r} is no size to reshape to", node=name, source=source)
-    return _node("reshape", [x], name, {"sizes": tuple(sizes)})
+    return make("reshape", [x], name, {"sizes": tuple(sizes)})
 
 
+@spelt
 def transpose(x: Node, dims: Sequence[int] | None = None, *, name: str | None = None) -> Node:
     """The dimensions in another order; without `dims` all but the batch reversed."""
-    rank = len(x.shape or ()) if isinstance(x, Node) else 0
-    order = (0, *range(rank - 1, 0, -1)) if dims is None else tuple(dims)
-    return _node("transpose", [x], name, {"dims": order})
+    check_inputs("transpose", [x], here())
+    if dims is None:
+        order = (0, *range(len(x.shape or ()) - 1, 0, -1))
+    elif isinstance(dims, Sequence) and not isinstance(dims, str):
+        order = tuple(check_axis(d, name) for d in dims)
+    else:
+        raise GraphError(f"transpose takes a tuple of dimensions, not {dims!r}", node=name, source=here())
+    return make("transpose", [x], name, {"dims": order})
 
 
+@spelt
 def flatten(x: Node, *, name: str | None = None) -> Node:
     """Everything but the batch in one dimension."""
-    return _node("flatten", [x], name, {})
+    return make("flatten", [x], name, {})
 
 
+@spelt
 def module(x: Node | Sequence[Node], nn_module: torch.nn.Module, *, name: str | None = None) -> Node:
-    """Any torch module as a node. It is copied when the graph is compiled; yours is never changed."""
-    source = here()
+    """Any torch module as a node. It is copied when the graph is compiled; yours is never changed.
+
+    >>> import adaptergraph as ag
+    >>> ag.module(ag.input("x", shape=("batch", 3, 8, 8)), torch.nn.Conv2d(3, 5, 3), name="conv")
+    <conv: module batch × 5 × 6 × 6>
+    """
     if not isinstance(nn_module, torch.nn.Module):
-        raise GraphError(f"module() takes an nn.Module, not {nn_module!r}", node=name, source=source)
-    return _node("module", [x] if isinstance(x, Node) else list(x), name, {"module": nn_module})
+        raise GraphError(f"module() takes an nn.Module, not {nn_module!r}", node=name, source=here())
+    return make("module", listed(x, "module"), name, {"module": nn_module})
 
 
+@spelt
 def nx(x: Node | Sequence[Node], fn: Callable[..., torch.Tensor], *, name: str | None = None) -> Node:
     """Any function of tensors as a node; it has no parameters."""
-    if not callable(fn):
-        raise GraphError(f"nx() takes a function of tensors, not {fn!r}", node=name, source=here())
-    return _node("nx", [x] if isinstance(x, Node) else list(x), name, {"fn": fn})
+    check_function(fn, "nx", name)
+    return make("nx", listed(x, "nx"), name, {"fn": fn})
 
 
+@spelt
 def layer(fn: Callable[..., torch.Tensor], inputs: Sequence[Node], *, name: str | None = None, **options: Any) -> Node:
     """A layer of your own: `fn(*inputs, **options)`, where inputs may be nodes of `param`.
 
@@ -311,68 +380,13 @@ def layer(fn: Callable[..., torch.Tensor], inputs: Sequence[Node], *, name: str 
     >>> ag.layer(torch.mul, [x, ag.param("gain.scale", (8,), init="ones")], name="gain")
     <gain: layer batch × 8>
     """
-    if not callable(fn):
-        raise GraphError(f"layer() takes a function of tensors, not {fn!r}", node=name, source=here())
-    return _node("layer", list(inputs), name, {"fn": fn, **({"options": options} if options else {})})
-
-
-# ---------------------------------------------------------------------- shared by all of them
-
-
-def _node(
-    op: str, inputs: Sequence[Any], name: str | None, options: Mapping[str, Any], share: Any = None, **inits: Any
-) -> Node:
-    source = here()
-    _check_inputs(op, inputs, source)
-    if name is not None:
-        name = check_name(scoped(check_name(name, source)), source)
-    full = {**options, **{k: check_initializer(v) for k, v in inits.items() if v is not None}}
-    spec = infer(op, runnable(op, full), inputs, full, source, name)
-    shape, dtype = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
-    node = Node(op, tuple(inputs), name, shape, dtype, full, spec.params, source=source, space=current_space())
-    return node if share is None else shared(node, share)
-
-
-def _activation(activation: Any, x: Node, name: str | None, **options: Any) -> Node:
-    if activation == "softmax":
-        options.setdefault("dim", -1)
-    return _node(check_activation(activation), [x], name, options)
-
-
-def _check_inputs(op: str, inputs: Sequence[Any], source: Source | None) -> None:
-    for node in inputs:
-        if not isinstance(node, Node):
-            raise GraphError(f"{op} reads nodes, not {type(node).__name__}: {node!r}", source=source)
-        if node.shape is None:
+    check_function(fn, "layer", name)
+    for key, value in options.items():
+        if isinstance(value, torch.Tensor | Node):
             raise GraphError(
-                f"{op} reads {node.name or node.op!r}, which gives no single tensor", node=node.name, source=source
+                f"option {key!r} of a layer is a plain value, not a {type(value).__name__}",
+                node=name,
+                source=here(),
+                hint="a tensor is one of the inputs: ag.constant(…), or ag.param(…) for one that is trained",
             )
-        check_present(op, node, source)
-
-
-def _several(x: Any, more: Sequence[Any], op: str) -> list[Any]:
-    inputs = [x, *more] if isinstance(x, Node) else [*x, *more]
-    if len(inputs) < 2:
-        raise GraphError(f"{op} takes two or more nodes, not {len(inputs)}", source=here())
-    return inputs
-
-
-def _size(value: Any, what: str, name: str | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise GraphError(
-            f"{what}{f' {name!r}' if name else ''} is a positive whole number, not {value!r}", node=name, source=here()
-        )
-    return value
-
-
-def _flag(value: Any, what: str, name: str | None) -> bool:
-    if not isinstance(value, bool):
-        raise GraphError(f"{what} is True or False, not {value!r}", node=name, source=here())
-    return value
-
-
-def check_rate(value: Any, name: str | None = None) -> float:
-    """A dropout rate: 0 ≤ rate < 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise GraphError(f"a dropout rate is at least 0 and less than 1, not {value!r}", node=name, source=here())
-    return float(value)
+    return make("layer", listed(inputs, "layer"), name, {"fn": fn, **({"options": options} if options else {})})

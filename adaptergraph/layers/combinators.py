@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import GraphError, ShapeMismatch, here, suggestion
 from ..node import Node, format_shape
 from ..shapes import Value, infer
-from .calls import _check_inputs, _flag, _node, _size
+from .making import check_flag, check_inputs, check_size, make, spelt
 from .table import Op, _last, add_rows, runnable
 from .windows import check_sizes, spatial
 from .windows import pad as pad_around
@@ -85,6 +85,7 @@ add_rows(
 )
 
 
+@spelt
 def bilinear(
     x1: Node,
     x2: Node,
@@ -102,14 +103,15 @@ def bilinear(
     >>> ag.bilinear(ag.input("a", shape=("batch", 6)), ag.input("b", shape=("batch", 4)), 3)
     <unnamed: bilinear batch × 3>
     """
-    options = {"size": _size(size, "the size of bilinear", name), "bias": _flag(bias, "bias", name)}
+    options = {"size": check_size(size, "the size of bilinear", name), "bias": check_flag(bias, "bias", name)}
     inits = {"weight_init": weight_init, "bias_init": bias_init}
-    return _node("bilinear", [x1, x2], name, options, share=share, **inits)
+    return make("bilinear", [x1, x2], name, options, share=share, **inits)
 
 
+@spelt
 def bias(x: Node, *, bias_init: Any = None, share: Node | None = None, name: str | None = None) -> Node:
     """Adds one trained number for each feature of the last dimension; they start at zero."""
-    return _node("bias", [x], name, {}, share=share, bias_init=bias_init)
+    return make("bias", [x], name, {}, share=share, bias_init=bias_init)
 
 
 def parts_of(node: Node, labels: Sequence[str], values: Sequence[Value]) -> tuple[Node, ...]:
@@ -126,6 +128,7 @@ def values_of(node: Node) -> tuple[Value, ...]:
     return infer(node.op, runnable(node.op, node.options), node.inputs, node.options, node.source, node.name).parts
 
 
+@spelt
 def split(x: Node, sizes: int | Sequence[int], *, dim: int = -1, name: str | None = None) -> tuple[Node, ...]:
     """Parts of one node along `dim`: that many equal ones, or one for each size. They are called `name.0`, `name.1`, ….
 
@@ -138,14 +141,15 @@ def split(x: Node, sizes: int | Sequence[int], *, dim: int = -1, name: str | Non
     (<unnamed: item batch × 2>, <unnamed: item batch × 4>)
     """
     if isinstance(sizes, list | tuple):
-        checked: Any = tuple(_size(s, "a size of split", name) for s in sizes)
+        checked: Any = tuple(check_size(s, "a size of split", name) for s in sizes)
     else:
-        checked = _size(sizes, "the parts of split are how many: it", name)
-    node = _node("split", [x], name, {"sizes": checked, "dim": dim})
+        checked = check_size(sizes, "the parts of split are how many: it", name)
+    node = make("split", [x], name, {"sizes": checked, "dim": dim})
     values = values_of(node)
     return parts_of(node, [str(i) for i in range(len(values))], values)
 
 
+@spelt
 def cond(pred: Node, true: Node, false: Node, *, name: str | None = None) -> Node:
     """One of two nodes: `true` where `pred` holds, else `false`. Both are computed.
 
@@ -163,7 +167,7 @@ def cond(pred: Node, true: Node, false: Node, *, name: str | None = None) -> Nod
     <unnamed: cond batch × 8>
     """
     source = here()
-    _check_inputs("cond", [pred, true, false], source)
+    check_inputs("cond", [pred, true, false], source)
     if pred.dtype != torch.bool:
         raise GraphError(
             f"cond asks {pred.name or pred.op!r}, which is no boolean",
@@ -180,9 +184,10 @@ def cond(pred: Node, true: Node, false: Node, *, name: str | None = None) -> Nod
         raise ShapeMismatch(
             "cond asks a scalar, or one boolean for each row", node=name, sides=[row, *sides], source=source
         )
-    return _node("cond", [pred, true, false], name, {})
+    return make("cond", [pred, true, false], name, {})
 
 
+@spelt
 def optional(x: Node, *, default: float | int | bool = 0, name: str | None = None) -> Node:
     """An input that may be missing, with a default: a number everywhere, in the sizes that other inputs have.
 
@@ -203,9 +208,10 @@ def optional(x: Node, *, default: float | int | bool = 0, name: str | None = Non
     if not isinstance(default, bool | int | float):
         hint = "ag.or_else(x, node)" if isinstance(default, Node) else None
         raise GraphError(f"the default of {x.name!r} is a number, not {default!r}", node=name, source=here(), hint=hint)
-    return _node("optional", [x], name, {"default": default})
+    return make("optional", [x], name, {"default": default})
 
 
+@spelt
 def or_else(x: Node, other: Node, *, name: str | None = None) -> Node:
     """An input that may be missing, or another node of the same shape when it is.
 
@@ -214,7 +220,7 @@ def or_else(x: Node, other: Node, *, name: str | None = None) -> Node:
         ShapeMismatch: the other node has another shape or dtype.
     """
     _check_optional(x, "or_else", name)
-    _check_inputs("the other side of or_else", [other], here())
+    check_inputs("the other side of or_else", [other], here())
     if (x.shape, x.dtype) != (other.shape, other.dtype):
         raise ShapeMismatch(
             f"{other.name or other.op!r} cannot stand for the input {x.name!r}",
@@ -222,7 +228,7 @@ def or_else(x: Node, other: Node, *, name: str | None = None) -> Node:
             sides=[(n.name or n.op, format_shape(n.shape), str(n.dtype)) for n in (x, other)],
             source=here(),
         )
-    return _node("or_else", [x, other], name, {})
+    return make("or_else", [x, other], name, {})
 
 
 def _check_optional(x: Any, op: str, name: str | None) -> None:
@@ -236,6 +242,7 @@ def _check_optional(x: Any, op: str, name: str | None) -> None:
         )
 
 
+@spelt
 def container(outputs: Any) -> Any:
     """Nodes in dicts, lists and tuples, nested as you like, checked: what a graph returns, `ag.Graph(ag.container(…))`.
 
@@ -268,6 +275,7 @@ def _nodes_only(value: Any, place: str) -> None:
     )
 
 
+@spelt
 def pad(x: Node, widths: Sequence[Sequence[int]], value: float = 0.0, *, name: str | None = None) -> Node:
     """A value around the last dimensions: one pair (before, after) for each.
 
@@ -284,9 +292,10 @@ def pad(x: Node, widths: Sequence[Sequence[int]], value: float = 0.0, *, name: s
             source=here(),
         )
     around = tuple(check_sizes(list(w), 2, "a pair of pad", name, 0) for w in widths)
-    return _node("pad", [x], name, {"around": around, "value": float(value)})
+    return make("pad", [x], name, {"around": around, "value": float(value)})
 
 
+@spelt
 def resize(
     x: Node, size: int | Sequence[int], *, method: str = "nearest", antialias: bool = False, name: str | None = None
 ) -> Node:
@@ -307,5 +316,5 @@ def resize(
     if method not in METHODS:
         hint = suggestion(method, METHODS) if isinstance(method, str) else None
         raise GraphError(f"resize has no method {method!r}", node=name, source=here(), hint=hint)
-    options = {"size": sizes, "method": method, "antialias": _flag(antialias, "antialias", name)}
-    return _node("resize", [x], name, options)
+    options = {"size": sizes, "method": method, "antialias": check_flag(antialias, "antialias", name)}
+    return make("resize", [x], name, options)

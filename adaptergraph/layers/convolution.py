@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import GraphError, here
 from ..node import Node
 from ..shapes import Value
-from .calls import _activation, _flag, _node, _size
+from .making import activated, check_flag, check_size, make, spelt
 from .table import Op, add_rows
 from .windows import Pairs, Sizes, check_padding, check_sizes, each, even, pad, pairs, spatial
 
@@ -121,6 +121,7 @@ add_rows(
 )
 
 
+@spelt
 def conv(
     x: Node,
     size: int,
@@ -160,13 +161,20 @@ def conv(
     >>> ag.conv(x, 16, kernel_size=3, padding="same", stride=2)
     <unnamed: conv batch × 16 × 16 × 16>
     """
-    options = {"size": _size(size, "the size of conv", name), **_window(x, "conv", kernel_size, stride, dilation, name)}
-    options |= {"padding": check_padding(padding, spatial(x, "conv", name), name), "bias": _flag(bias, "bias", name)}
-    options["groups"] = _size(groups, "groups of conv", name)
-    node = _node("conv", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
-    return node if activation is None else _activation(activation, node, None)
+    options = {
+        "size": check_size(size, "the size of conv", name),
+        **_window(x, "conv", kernel_size, stride, dilation, name),
+    }
+    options |= {
+        "padding": check_padding(padding, spatial(x, "conv", name), name),
+        "bias": check_flag(bias, "bias", name),
+    }
+    options["groups"] = check_size(groups, "groups of conv", name)
+    node = make("conv", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
+    return node if activation is None else activated(activation, node, None)
 
 
+@spelt
 def depthwise_conv(
     x: Node,
     multiplier: int = 1,
@@ -191,13 +199,14 @@ def depthwise_conv(
     <unnamed: depthwise_conv batch × 8 × 6 × 6>
     """
     options = _window(x, "depthwise_conv", kernel_size, stride, dilation, name)
-    options |= {"multiplier": _size(multiplier, "the multiplier of depthwise_conv", name)}
+    options |= {"multiplier": check_size(multiplier, "the multiplier of depthwise_conv", name)}
     options["padding"] = check_padding(padding, spatial(x, "depthwise_conv", name), name)
-    options["bias"] = _flag(bias, "bias", name)
-    node = _node("depthwise_conv", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
-    return node if activation is None else _activation(activation, node, None)
+    options["bias"] = check_flag(bias, "bias", name)
+    node = make("depthwise_conv", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
+    return node if activation is None else activated(activation, node, None)
 
 
+@spelt
 def separable_conv2d(
     x: Node,
     multiplier: int = 1,
@@ -229,9 +238,10 @@ def separable_conv2d(
         x, multiplier, kernel_size=(high, 1), stride=(down, 1), padding=rows, bias=bias, name=part["rows"]
     )
     h = depthwise_conv(h, kernel_size=(1, wide), stride=(1, right), padding=columns, bias=bias, name=part["columns"])
-    return h if activation is None else _activation(activation, h, None)
+    return h if activation is None else activated(activation, h, None)
 
 
+@spelt
 def conv_transpose(
     x: Node,
     size: int,
@@ -259,12 +269,12 @@ def conv_transpose(
     >>> ag.conv_transpose(x, 3, kernel_size=3, stride=2, padding="same")
     <unnamed: conv_transpose batch × 3 × 12 × 12>
     """
-    options = {"size": _size(size, "the size of conv_transpose", name)}
+    options = {"size": check_size(size, "the size of conv_transpose", name)}
     options |= _window(x, "conv_transpose", kernel_size, stride, dilation, name)
     options["padding"] = check_padding(padding, spatial(x, "conv_transpose", name), name)
-    options["bias"] = _flag(bias, "bias", name)
-    node = _node("conv_transpose", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
-    return node if activation is None else _activation(activation, node, None)
+    options["bias"] = check_flag(bias, "bias", name)
+    node = make("conv_transpose", [x], name, options, share=share, weight_init=weight_init, bias_init=bias_init)
+    return node if activation is None else activated(activation, node, None)
 
 
 def _window(x: Any, op: str, kernel_size: Any, stride: Any, dilation: Any, name: str | None) -> dict[str, Any]:

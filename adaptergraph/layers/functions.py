@@ -14,16 +14,6 @@ def linear(x: Tensor) -> Tensor:
     return x
 
 
-def softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """exp(x) normalised to sum one."""
-    return torch.softmax(x, dim)
-
-
-def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
-    """The logarithm of softmax."""
-    return torch.log_softmax(x, dim)
-
-
 def log_sumexp(x: Tensor, dim: int = -1) -> Tensor:
     """The logarithm of the sum of exp(x); the dimension stays, with size one."""
     return torch.logsumexp(x, dim, keepdim=True)

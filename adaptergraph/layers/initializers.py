@@ -27,13 +27,19 @@ INITIALIZERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def check_initializer(value: Any) -> Any:
+# these look at both sizes of a matrix
+_MATRIX = frozenset(INITIALIZERS) - {"zeros", "ones", "uniform", "normal"}
+
+
+def check_initializer(value: Any, shape: tuple[int, ...], what: str) -> Any:
     """A number (normal with this deviation), a name of the table or a callable; anything else is an error."""
-    if value is None or callable(value):
+    if callable(value):
         return value
     if isinstance(value, float) and value > 0:
         return value
     if isinstance(value, str) and value in INITIALIZERS:
+        if value in _MATRIX and len(shape) < 2:
+            raise GraphError(f"the initializer {value!r} fills matrices, not {what} of shape {shape}", source=here())
         return value
     hint = suggestion(value, INITIALIZERS) if isinstance(value, str) else None
     raise GraphError(f"unknown initializer {value!r}", source=here(), hint=hint)

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import GraphError, here
 from ..node import Node
 from ..shapes import Value
-from .calls import _node, _size, check_rate
+from .making import check_rate, check_size, make, spelt
 from .table import Op, _last, add_rows
 from .windows import spatial
 
@@ -70,6 +70,7 @@ add_rows(
 )
 
 
+@spelt
 def rms_norm(x: Node, *, eps: float = 1e-6, share: Node | None = None, name: str | None = None) -> Node:
     """Divides by the root of the mean square of the last dimension (`nn.RMSNorm`): the scale starts at one.
 
@@ -79,9 +80,10 @@ def rms_norm(x: Node, *, eps: float = 1e-6, share: Node | None = None, name: str
     >>> list(ag.Graph(ag.rms_norm(ag.input("x", shape=("batch", 8)), name="norm")).params)
     ['norm.weight']
     """
-    return _node("rms_norm", [x], name, {"eps": _eps(eps, name)}, share=share)
+    return make("rms_norm", [x], name, {"eps": _eps(eps, name)}, share=share)
 
 
+@spelt
 def batch_norm(
     x: Node, *, eps: float = 1e-5, momentum: float = 0.1, share: Node | None = None, name: str | None = None
 ) -> Node:
@@ -101,9 +103,10 @@ def batch_norm(
     """
     if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
         raise GraphError(f"momentum is a number from 0 to 1, not {momentum!r}", node=name, source=here())
-    return _node("batch_norm", [x], name, {"eps": _eps(eps, name), "momentum": float(momentum)}, share=share)
+    return make("batch_norm", [x], name, {"eps": _eps(eps, name), "momentum": float(momentum)}, share=share)
 
 
+@spelt
 def group_norm(x: Node, groups: int, *, eps: float = 1e-5, share: Node | None = None, name: str | None = None) -> Node:
     """Normalises channels in groups (`nn.GroupNorm`), of `batch × channels × …`.
 
@@ -112,35 +115,39 @@ def group_norm(x: Node, groups: int, *, eps: float = 1e-5, share: Node | None = 
     Raises:
         ShapeMismatch: the channels are no multiple of `groups`.
     """
-    return _node(
-        "group_norm", [x], name, {"groups": _size(groups, "groups", name), "eps": _eps(eps, name)}, share=share
+    return make(
+        "group_norm", [x], name, {"groups": check_size(groups, "groups", name), "eps": _eps(eps, name)}, share=share
     )
 
 
+@spelt
 def instance_norm(x: Node, *, eps: float = 1e-5, share: Node | None = None, name: str | None = None) -> Node:
     """Normalises each channel of each sample (`nn.InstanceNorm1d`, `2d`, `3d`), while training and after.
 
     Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022
     """
     spatial(x, "instance_norm", name)
-    return _node("instance_norm", [x], name, {"eps": _eps(eps, name)}, share=share)
+    return make("instance_norm", [x], name, {"eps": _eps(eps, name)}, share=share)
 
 
+@spelt
 def spatial_dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
     """Zeroes whole channels while training (`nn.Dropout1d`, `2d`, `3d`), of `batch × channels × spatial…`."""
     spatial(x, "spatial_dropout", name)
-    return _node("spatial_dropout", [x], name, {"rate": check_rate(rate, name)})
+    return make("spatial_dropout", [x], name, {"rate": check_rate(rate, name)})
 
 
+@spelt
 def alpha_dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
     """Dropout that keeps mean and variance, for `selu` (Klambauer et al. 2017, https://arxiv.org/abs/1706.02515)."""
-    return _node("alpha_dropout", [x], name, {"rate": check_rate(rate, name)})
+    return make("alpha_dropout", [x], name, {"rate": check_rate(rate, name)})
 
 
+@spelt
 def feature_alpha_dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
     """Alpha dropout of whole channels (`nn.FeatureAlphaDropout`), of `batch × channels × spatial…`."""
     spatial(x, "feature_alpha_dropout", name)
-    return _node("feature_alpha_dropout", [x], name, {"rate": check_rate(rate, name)})
+    return make("feature_alpha_dropout", [x], name, {"rate": check_rate(rate, name)})
 
 
 def _eps(value: Any, name: str | None) -> float:

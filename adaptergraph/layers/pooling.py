@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import GraphError, here
 from ..node import Node
-from .calls import _flag, _node
+from .making import check_flag, make, spelt
 from .table import Op, add_rows
 from .windows import Sizes, check_padding, check_sizes, each, even, pad, pairs, spatial
 
@@ -94,6 +94,7 @@ add_rows(
 )
 
 
+@spelt
 def max_pool(
     x: Node,
     *,
@@ -117,9 +118,10 @@ def max_pool(
     >>> ag.max_pool(ag.input("x", shape=("batch", 3, 8, 8)), kernel_size=2)
     <unnamed: max_pool batch × 3 × 4 × 4>
     """
-    return _node("max_pool", [x], name, _pool(x, "max_pool", kernel_size, stride, padding, dilation, name))
+    return make("max_pool", [x], name, _pool(x, "max_pool", kernel_size, stride, padding, dilation, name))
 
 
+@spelt
 def avg_pool(
     x: Node,
     *,
@@ -130,9 +132,10 @@ def avg_pool(
     name: str | None = None,
 ) -> Node:
     """The mean of each window (`F.avg_pool1d`, `2d`, `3d`), where padding counts as zeros. Options as `max_pool`."""
-    return _node("avg_pool", [x], name, _pool(x, "avg_pool", kernel_size, stride, padding, dilation, name))
+    return make("avg_pool", [x], name, _pool(x, "avg_pool", kernel_size, stride, padding, dilation, name))
 
 
+@spelt
 def lp_pool(
     x: Node,
     *,
@@ -151,9 +154,10 @@ def lp_pool(
     if isinstance(norm, bool) or not isinstance(norm, int | float) or norm <= 0:
         raise GraphError(f"the norm of lp_pool is a positive number, not {norm!r}", node=name, source=here())
     options = _pool(x, "lp_pool", kernel_size, stride, padding, dilation, name)
-    return _node("lp_pool", [x], name, {**options, "norm": norm})
+    return make("lp_pool", [x], name, {**options, "norm": norm})
 
 
+@spelt
 def adaptive_avg_pool(x: Node, output_size: Sizes, *, name: str | None = None) -> Node:
     """The mean of as many bins as asked for, whatever the size of x (`F.adaptive_avg_pool2d`).
 
@@ -162,25 +166,28 @@ def adaptive_avg_pool(x: Node, output_size: Sizes, *, name: str | None = None) -
     <unnamed: adaptive_avg_pool batch × 3 × 2 × 2>
     """
     size = check_sizes(output_size, spatial(x, "adaptive_avg_pool", name), "output_size", name)
-    return _node("adaptive_avg_pool", [x], name, {"output_size": size})
+    return make("adaptive_avg_pool", [x], name, {"output_size": size})
 
 
+@spelt
 def adaptive_max_pool(x: Node, output_size: Sizes, *, name: str | None = None) -> Node:
     """The largest value of as many bins as asked for (`F.adaptive_max_pool2d`)."""
     size = check_sizes(output_size, spatial(x, "adaptive_max_pool", name), "output_size", name)
-    return _node("adaptive_max_pool", [x], name, {"output_size": size})
+    return make("adaptive_max_pool", [x], name, {"output_size": size})
 
 
+@spelt
 def global_avg_pool(x: Node, *, keep_dims: bool = False, name: str | None = None) -> Node:
     """The mean over all spatial dimensions: `batch × channels`, or with ones behind when `keep_dims`."""
     spatial(x, "global_avg_pool", name)
-    return _node("global_avg_pool", [x], name, {"keep_dims": _flag(keep_dims, "keep_dims", name)})
+    return make("global_avg_pool", [x], name, {"keep_dims": check_flag(keep_dims, "keep_dims", name)})
 
 
+@spelt
 def global_max_pool(x: Node, *, keep_dims: bool = False, name: str | None = None) -> Node:
     """The largest value over all spatial dimensions: `batch × channels`, or with ones behind when `keep_dims`."""
     spatial(x, "global_max_pool", name)
-    return _node("global_max_pool", [x], name, {"keep_dims": _flag(keep_dims, "keep_dims", name)})
+    return make("global_max_pool", [x], name, {"keep_dims": check_flag(keep_dims, "keep_dims", name)})
 
 
 def _pool(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import GraphError, ShapeMismatch, here
 from ..node import Node, format_shape
 from ..shapes import Value
-from .calls import _flag, _node, _size, concatenate
+from .calls import concatenate
 from .combinators import parts_of, values_of
+from .making import check_flag, check_size, make, spelt
 from .naming import _inside
 from .table import Op, _last, add_rows
 
@@ -111,6 +112,7 @@ add_rows(
 )
 
 
+@spelt
 def lstm(
     x: Node,
     size: int,
@@ -151,6 +153,7 @@ def lstm(
     return sequence, (hidden, cell)
 
 
+@spelt
 def gru(
     x: Node,
     size: int,
@@ -178,7 +181,7 @@ def gru(
 def _recurrent(
     op: str, x: Node, size: int, state: Sequence[Node], mask: Node | None, bias: bool, share: Any, name: str | None
 ) -> Node:
-    options = {"size": _size(size, f"the size of {op}", name), "bias": _flag(bias, "bias", name)}
+    options = {"size": check_size(size, f"the size of {op}", name), "bias": check_flag(bias, "bias", name)}
     options |= {"states": bool(state), "masked": mask is not None}
     given = [x, *state, *([] if mask is None else [mask])]
     if all(isinstance(n, Node) for n in given) and len(x.shape or ()) == 3:
@@ -197,9 +200,10 @@ def _recurrent(
                 )
     if isinstance(share, Node) and share.op == "item":
         share = share.inputs[0] if share.graph is None else share.graph[share.inputs[0]]
-    return _node(op, given, name, options, share=share)
+    return make(op, given, name, options, share=share)
 
 
+@spelt
 def bidirectional(
     x: Node,
     fn: Callable[[Node], Any],
@@ -229,16 +233,17 @@ def bidirectional(
     with _inside(f"{name}.forwards"):
         ahead = fn(x)
     with _inside(f"{name}.backwards"):
-        behind = fn(_node("reverse", [x], None, {"dim": 1}))
+        behind = fn(make("reverse", [x], None, {"dim": 1}))
 
     def merged(a: Any, b: Any, steps: bool) -> Any:
         if isinstance(a, Node):
-            return merge(a, _node("reverse", [b], None, {"dim": 1}) if steps else b)
+            return merge(a, make("reverse", [b], None, {"dim": 1}) if steps else b)
         return tuple(merged(i, j, steps and k == 0) for k, (i, j) in enumerate(zip(a, b, strict=True)))
 
     return merged(ahead, behind, True)
 
 
+@spelt
 def mask(ids: Node, value: int = 0, *, name: str | None = None) -> Node:
     """True where a token is, false where `value` pads: what `attention` and `lstm` take (Axon's is the opposite).
 
@@ -248,4 +253,4 @@ def mask(ids: Node, value: int = 0, *, name: str | None = None) -> Node:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise GraphError(f"mask takes the number that pads, not {value!r}", node=name, source=here())
-    return _node("mask", [ids], name, {"value": value})
+    return make("mask", [ids], name, {"value": value})

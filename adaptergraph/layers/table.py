@@ -67,7 +67,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "leaky_relu": (F.leaky_relu, ("negative_slope",)),
     "linear": (fn.linear, ()),
     "log_sigmoid": (F.logsigmoid, ()),
-    "log_softmax": (fn.log_softmax, ("dim",)),
+    "log_softmax": (F.log_softmax, ("dim",)),
     "log_sumexp": (fn.log_sumexp, ("dim",)),
     "mish": (F.mish, ()),
     "relu": (F.relu, ()),
@@ -75,7 +75,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "selu": (F.selu, ()),
     "sigmoid": (torch.sigmoid, ()),
     "silu": (F.silu, ()),
-    "softmax": (fn.softmax, ("dim",)),
+    "softmax": (F.softmax, ("dim",)),
     "softplus": (F.softplus, ("beta", "threshold")),
     "softsign": (F.softsign, ()),
     "tanh": (torch.tanh, ()),
@@ -128,7 +128,6 @@ def runnable(op: str, options: Mapping[str, Any]) -> Callable[[Sequence[Value]],
     given = {k: v for k, v in options.items() if not k.endswith("_init")}
     if row.module is not None:
         return partial(row.module, **given)
-    function = partial(row.function, **given)  # type: ignore[arg-type]
-    if row.fold:
-        return lambda values: lambda *xs: reduce(function, xs)
-    return lambda values: function
+    assert row.function is not None
+    function = partial(row.function, **given)
+    return lambda values: (lambda *xs: reduce(function, xs)) if row.fold else function

@@ -53,8 +53,6 @@ def show(method: Any) -> str:
     parts = []
     for i, field in enumerate(fields(method)):
         value = getattr(method, field.name)
-        if i == 0:
-            parts.append(repr(value))
-        elif value != field.default:
-            parts.append(f"{field.name}={value!r}")
+        if value != field.default:
+            parts.append(repr(value) if i == 0 else f"{field.name}={value!r}")
     return f"{type(method).__name__}({', '.join(parts)})"

@@ -7,7 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..adapter import bottleneck, check_choices, check_rate
+from ..adapter import bottleneck, check_choices
+from ..errors import GraphError, here
+from ..layers.making import check_rate
 from ..layers.table import check_activation
 from ..node import Node
 from ..surgery import Site
@@ -23,7 +25,7 @@ class Bottleneck:
     A fresh one is the identity, bit for bit: `up` starts at zero.
 
     Args:
-        size: features of the bottleneck.
+        size: features of the bottleneck; 64 if neither this nor `reduction` is given.
         reduction: instead of a size, the host's features divided by this.
         activation: name of an activation.
         dropout: after the activation, while training.
@@ -40,7 +42,7 @@ class Bottleneck:
     Bottleneck(64, activation='gelu')
     """
 
-    size: PositiveInt = 64
+    size: PositiveInt | None = None
     _: KW_ONLY
     reduction: PositiveInt | None = None
     activation: str = "relu"
@@ -53,6 +55,10 @@ class Bottleneck:
     where: ClassVar[str] = "after"
 
     def __post_init__(self) -> None:
+        if self.size is None and self.reduction is None:
+            object.__setattr__(self, "size", 64)
+        elif self.size is not None and self.reduction is not None:
+            raise GraphError("Bottleneck takes a size or a reduction, not both", source=here())
         check_activation(self.activation)
         check_rate(self.dropout)
         check_choices(scale=self.scale, init=self.init, residual=True, layer_norm=self.layer_norm)
@@ -60,11 +66,11 @@ class Bottleneck:
     def apply(self, site: Site) -> Node:
         """The adapted value of the site."""
         features = (site.output.shape or (None,))[-1]
-        size = max(1, features // self.reduction) if self.reduction and isinstance(features, int) else self.size
+        reduced = features // self.reduction if self.reduction and isinstance(features, int) else 1
         return bottleneck(
             site.output,
             self.hidden_size,
-            size,
+            self.size or max(1, reduced),
             activation=self.activation,
             dropout=self.dropout,
             scale=self.scale,

@@ -1,0 +1,170 @@
+"""The words in a box: its title where it stands, what it does, what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from ..graph import Body, Graph
+from .boxes import ADDS, Boxes, Draft
+from .data import Box
+from .outline import Item, Outline
+from .runs import Run
+
+_SIGNS = {**dict.fromkeys(ADDS, "+"), "mul": "×", "mul_": "×", "multiply": "×", "sub": "−", "subtract": "−"}
+# a longer path is shortened to its last two parts where it stands below a title
+_LONG = 26
+
+
+class Describe:
+    """Makes boxes out of drafts."""
+
+    def __init__(self, graph: Graph, boxes: Boxes, marked: frozenset[str]) -> None:
+        self.graph = graph
+        self.boxes = boxes
+        self.marked = marked
+        self.tied = self._tied()
+
+    def box(self, draft: Draft, frame: Run | Item | None, singles: Sequence[Run | Item]) -> Box:
+        """The box as plain data.
+
+        Args:
+            draft: what it is made from.
+            frame: the innermost frame around it.
+            singles: the runs it stands for alone.
+        """
+        prefix = frame.prefix() if isinstance(frame, Run) else frame.path if frame is not None else ""
+        runs = [run for run in singles if isinstance(run, Run)]
+        count = 1
+        for run in runs:
+            count *= len(run.units)
+        path = _relative(draft.name, prefix)
+        op = self._op(draft)
+        return Box(
+            name=draft.name,
+            path=_relative(runs[-1].title(), prefix) if runs else path,
+            title=_relative(runs[-1].title(), prefix) if runs else self._title(draft, path),
+            kind=draft.kind,
+            op=op,
+            detail=self._detail(draft, op, path),
+            shape=self.boxes.shape_of(draft),
+            sums=draft.sums.times(count),
+            added=draft.item.body,
+            marked=self._is_marked(draft),
+            count=count,
+            widths=self._widths(draft),
+            note=self._note(draft),
+        )
+
+    def _title(self, draft: Draft, path: str) -> str:
+        if draft.norm:
+            return f"add · {draft.norm}"
+        if draft.kind == "join" and not draft.sums.total:
+            return _SIGNS.get(self._joined(draft), self._joined(draft).strip("_"))
+        body = self.graph.bodies.get(draft.name)
+        return tail(body) if body is not None and draft.item.body and not draft.each else path
+
+    def _joined(self, draft: Draft) -> str:
+        """The operation of a join whose value leaves it."""
+        return draft.joins[-1] if draft.joins else self.graph._nodes[draft.nodes[0]].op
+
+    def _op(self, draft: Draft) -> str:
+        if draft.norm:
+            return f"add · {draft.norm}"
+        if draft.kind == "join":
+            return self._joined(draft).strip("_")
+        imported = self.graph.imported
+        if imported is not None and draft.name in imported.modules:
+            return imported.modules[draft.name].cls
+        if draft.item.body and not draft.each:
+            return "body"
+        return self.graph._nodes[draft.nodes[0]].op if draft.nodes else "parameter"
+
+    def _detail(self, draft: Draft, op: str, path: str) -> str:
+        if draft.norm:
+            return path if len(path) <= _LONG else ".".join(path.split(".")[-2:])
+        chain = self._chain(draft)
+        if chain:
+            return " → ".join(map(str, chain))
+        if draft.kind in ("input", "join"):
+            return ""
+        if draft.item.body and not draft.each:
+            return f"{len(draft.nodes)} nodes"
+        if len(draft.nodes) == 1:
+            params = list(self.graph._nodes[draft.nodes[0]].params.values())
+            if len(params) == 1 and len(params[0].shape) > 1:
+                return f"{op} {' × '.join(map(str, params[0].shape))}"
+        return op
+
+    def _chain(self, draft: Draft) -> list[int]:
+        """The widths through a box that is one layer, or a few that narrow and widen: `768 → 64 → 768`."""
+        widths = [w for name in draft.nodes if (w := self.boxes.widths_of(name)) is not None]
+        if not widths or len(widths) > 3 or draft.kind == "join":
+            return []
+        if any(before[1] != after[0] for before, after in zip(widths, widths[1:], strict=False)):
+            return []
+        if len(widths) > 1 and any(a == b for a, b in widths):
+            return []
+        return [widths[0][0], *(after for _, after in widths)]
+
+    def _widths(self, draft: Draft) -> tuple[int, int] | None:
+        """Of a single layer that changes the width."""
+        widths = self.boxes.widths_of(draft.nodes[0]) if len(draft.nodes) == 1 else None
+        return widths if widths is not None and widths[0] != widths[1] else None
+
+    def _is_marked(self, draft: Draft) -> bool:
+        if not self.marked:
+            return False
+        names = [draft.name, *draft.nodes, *(item.path for item in draft.item.up())]
+        return not self.marked.isdisjoint(names)
+
+    def _note(self, draft: Draft) -> str:
+        if not draft.called:
+            return "never called"
+        if draft.sums.total or draft.name not in self.tied:
+            return ""
+        return f"tied to {self.tied[draft.name]}"
+
+    def _tied(self) -> dict[str, str]:
+        """For each module with tied parameters the box that they are counted with."""
+        if self.graph.imported is None or not self.graph.imported.tied:
+            return {}
+        counted = {p: self.boxes.box_of[n].name for n, params in self.boxes.outline.params_of.items() for p in params}
+        pairs = [(other, first) for other, first in self.graph.imported.tied.items() if first in counted]
+        pairs += [(first, first) for _, first in pairs]
+        return {name.rpartition(".")[0]: counted[first] for name, first in pairs}
+
+
+def _relative(name: str, prefix: str) -> str:
+    if prefix and name.startswith(prefix) and name[len(prefix) : len(prefix) + 1] in (".", "/"):
+        return name[len(prefix) + 1 :]
+    return name
+
+
+def tail(body: Body) -> str:
+    """What a body is called where its host stands beside it: `adapter`, or `query.lora` for one around its host."""
+    short = body.name.removeprefix(body.host + ".")
+    return short if body.where == "after" or short == body.name else f"{body.host.rpartition('.')[2]}.{short}"
+
+
+def additions(graph: Graph, outline: Outline) -> tuple[str, ...]:
+    """What was added or unfrozen, in a few words for the title."""
+    counts = Counter(b.name.removeprefix(b.host + ".") for b in graph.bodies.values())
+    words = [name if count == 1 else f"{count} × {name}" for name, count in counts.items()]
+    if graph.imported is None:
+        return tuple(words)
+    whole = list(_trained(outline))
+    if 0 < len(whole) <= 2:
+        words += [f"{item.path} unfrozen" for item in whole]
+    elif outline.root.sums.unfrozen:
+        words.append("unfrozen hosts")
+    return tuple(words)
+
+
+def _trained(outline: Outline) -> Iterable[Item]:
+    """The largest modules that are trained as a whole."""
+    for item in outline.root.below():
+        if item.sums.unfrozen and not item.sums.frozen and not item.body:
+            above = item.parent
+            if above is None or above.sums.frozen or not above.path:
+                yield item
