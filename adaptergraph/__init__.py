@@ -5,8 +5,8 @@ from .adapter import Adapter
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
 from .fit import fit
 from .graph import Diff, Graph
-from .layers.calls import *  # noqa: F403
-from .layers.calls import __all__ as _layers
+from .layers import *  # noqa: F403
+from .layers import __all__ as _layers
 from .methods import Bottleneck
 from .node import Node
 from .plan import plan_table

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .errors import DuplicateName, GraphError, here
 from .graph import Body, Graph, Splice, prefixes
-from .names import check_name
-from .node import Node
+from .names import check_name, path_of
+from .node import Node, check_present, format_shape
 
 
 def collect(outputs: Node | Sequence[Node] | Mapping[str, Node]) -> dict[str, Any]:
@@ -25,14 +25,24 @@ def collect(outputs: Node | Sequence[Node] | Mapping[str, Node]) -> dict[str, An
     names: dict[Any, str] = {}
     counts: dict[str, int] = {}
     taken = {node.name for node in order}
+    there = {_key(node) for node in order}
+    bases: dict[Any, str] = {}
     overrides: dict[str, bool] = {}
     for node in order:
-        name = node.name or unnamed(node.op, counts, taken)
+        first = _first(node)
+        if _key(first) not in bases:
+            bases[_key(first)] = path_of(first.name) if first.name else _unnamed(first, names, counts, taken)
+        base = bases[_key(first)]
+        name = node.name or base
+        if first is not node and (_key(first) in there or base in table):
+            name = further(base, taken)
         taken.add(name)
         refuse_taken(name, table, node)
         names[_key(node)] = name
         if node.graph is None:
-            table[name] = replace(node, name=check_name(name, node.source), inputs=_named(node.inputs, names))
+            check_name(name.partition("@")[0], node.source)
+            inputs = _named(node.inputs, names)
+            table[name] = replace(node, name=name, inputs=inputs, shares=None, space="")
         else:
             table[name] = replace(node, graph=None)
             overrides.update((p, node.graph._overrides[p]) for p in node.param_names() if p in node.graph._overrides)
@@ -50,18 +60,36 @@ def collect(outputs: Node | Sequence[Node] | Mapping[str, Node]) -> dict[str, An
 
 
 def _roots(outputs: Any) -> list[Node]:
-    if isinstance(outputs, Node):
-        return [outputs]
-    values = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise GraphError(f"a graph ends in a node, or a list or dict of nodes, not {outputs!r}", source=here())
-    for value in values:
-        if not isinstance(value, Node):
-            raise GraphError(f"a graph ends in nodes, not {value!r}", source=here())
-    for key in outputs if isinstance(outputs, Mapping) else ():
-        if not isinstance(key, str):
-            raise GraphError(f"an output is called by a string, not {key!r}", source=here())
-    return list(values)
+    """The nodes of an output structure, in order.
+
+    Raises:
+        GraphError: something in it is no node; the message says where.
+    """
+    roots: list[Node] = []
+
+    def walk(value: Any, place: str) -> None:
+        at = f" at {place}" if place else ""
+        if isinstance(value, Node):
+            roots.append(value)
+        elif isinstance(value, Mapping) and value:
+            for key, part in value.items():
+                if not isinstance(key, str):
+                    raise GraphError(f"an output is called by a string, not {key!r}", source=here())
+                walk(part, f"{place}[{key!r}]")
+        elif isinstance(value, list | tuple) and value:
+            for index, part in enumerate(value):
+                walk(part, f"{place}[{index}]")
+        elif place:
+            raise GraphError(
+                f"a graph ends in nodes, not {value!r}{at}",
+                source=here(),
+                hint="ag.constant makes a node of a number or tensor",
+            )
+        else:
+            raise GraphError(f"a graph ends in a node, or a list or dict of nodes, not {value!r}", source=here())
+
+    walk(outputs, "")
+    return roots
 
 
 def _key(node: Node) -> Any:
@@ -102,8 +130,8 @@ def _structure(outputs: Any, names: Mapping[Any, str]) -> Any:
     if isinstance(outputs, Node):
         return names[_key(outputs)]
     if isinstance(outputs, Mapping):
-        return {key: names[_key(node)] for key, node in outputs.items()}
-    return _named(outputs, names)
+        return {key: _structure(value, names) for key, value in outputs.items()}
+    return tuple(_structure(value, names) for value in outputs)
 
 
 def unnamed(op: str, counts: dict[str, int], taken: set[str | None]) -> str:
@@ -113,6 +141,29 @@ def unnamed(op: str, counts: dict[str, int], taken: set[str | None]) -> str:
         count += 1
     counts[op] = count + 1
     return f"{op}_{count}"
+
+
+def _unnamed(node: Node, names: Mapping[Any, str], counts: dict[str, int], taken: set[str | None]) -> str:
+    """A name for a node that has none; one of several outputs is called after the node that gives them."""
+    owner = names.get(_key(node.inputs[0])) if node.op == "item" else None
+    if owner is None:
+        return unnamed(node.space + node.op, counts, taken)
+    path, at, call = owner.partition("@")
+    return f"{path}.{node.options['part']}{at}{call}"
+
+
+def _first(node: Node) -> Node:
+    """The node whose weights this one uses; for most nodes the node itself."""
+    first = node if node.shares is None else node.shares
+    return first.graph[first.path] if first is not node and first.graph and first.path in first.graph else first
+
+
+def further(path: str, taken: Container[str | None]) -> str:
+    """The name of one more call: `fc@1`, `fc@2`, …"""
+    count = 1
+    while f"{path}@{count}" in taken:
+        count += 1
+    return f"{path}@{count}"
 
 
 def refuse_taken(name: str, table: Mapping[str, Node], node: Node) -> None:
@@ -144,15 +195,25 @@ def with_bodies(table: dict[str, Node], known: Mapping[str, Body]) -> tuple[dict
             members.setdefault(node.body, []).append(name)
     host_of = {written: body.host for body in bodies.values() for _, written in body.calls}
     for body, names in members.items():
-        reads = [i for n in names for i in table[n].inputs if table[i].body != body]
-        first, last = table[reads[0]] if reads else None, table[names[-1]]
-        if body in known or first is None or (first.shape, first.dtype) != (last.shape, last.dtype):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(name.partition("@")[2], []).append(name)
+        calls = tuple(filter(None, (_call_of(table, group) for group in groups.values())))
+        if body in known or len(calls) < len(groups):
             table.update({n: replace(table[n], body=None) for n in names})
             continue
-        host = host_of.get(reads[0], reads[0])
-        host_of[names[-1]] = host
-        bodies[body] = Body(body, host, "after", ((reads[0], names[-1]),))
+        host = path_of(host_of.get(calls[0][0], calls[0][0]))
+        host_of.update((written, host) for _, written in calls)
+        bodies[body] = Body(body, host, "after", calls)
     return table, bodies
+
+
+def _call_of(table: Mapping[str, Node], names: Sequence[str]) -> tuple[str, str] | None:
+    """The value that these nodes of a body replace, and the one they make of it; None if they replace none."""
+    reads = [i for n in names for i in table[n].inputs if i not in names]
+    if not reads or (table[reads[0]].shape, table[reads[0]].dtype) != (table[names[-1]].shape, table[names[-1]].dtype):
+        return None
+    return reads[0], names[-1]
 
 
 def remaining(splices: Iterable[Splice], bodies: Mapping[str, Body]) -> tuple[Splice, ...]:
@@ -199,6 +260,8 @@ def check(graph: Graph) -> None:
     if graph.imported is None:
         _check_children(graph)
         _check_modules(graph)
+        _check_shared(graph)
+        _check_optional(graph)
 
 
 def _check_children(graph: Graph) -> None:
@@ -237,3 +300,62 @@ def _check_modules(graph: Graph) -> None:
                     source=node.source,
                     hint="give each a module of its own: copy.deepcopy(module)",
                 )
+
+
+def _check_shared(graph: Graph) -> None:
+    """Nodes of one module path are calls of one module: `fc` and `fc@1` have one set of weights."""
+    owners: dict[str, Node] = {}
+    for name, node in graph._nodes.items():
+        first = owners.setdefault(node.path, node)
+        if first is not node and (first.op, dict(first.params), first.options) != (
+            node.op,
+            dict(node.params),
+            node.options,
+        ):
+            raise GraphError(
+                f"nodes {first.name!r} and {name!r} are calls of one layer, but not the same layer",
+                node=name,
+                sides=[("first", first.op, _line(first)), ("further", node.op, _line(node))],
+                source=node.source,
+                hint=f"change both, or call one of them something else than {node.path!r}",
+            )
+
+
+def _check_optional(graph: Graph) -> None:
+    """An input that may be missing is read only by what says what stands in its place, and is no output."""
+    optional = [n for n, node in graph.inputs.items() if node.options.get("optional")]
+    for name in optional:
+        for reader in graph.consumers[name]:
+            node = graph._nodes[reader]
+            if node.op not in ("optional", "or_else") or name in node.inputs[1:]:
+                check_present(f"{node.op} {reader!r}", graph._nodes[name], node.source)
+        if name in graph.output_names():
+            check_present("the graph's output", graph._nodes[name], here())
+    for name, node in graph._nodes.items():
+        if node.op == "optional":
+            sizes_of_optional(graph, name, node)
+
+
+def sizes_of_optional(graph: Graph, name: str, node: Node) -> list[tuple[str, int] | int]:
+    """For each size of what stands for a missing input: the number, or the input and dimension that has it.
+
+    Raises:
+        GraphError: no input that is always there has that size.
+    """
+    given = [i for i in graph.inputs.values() if not i.options.get("optional")]
+    sizes: list[tuple[str, int] | int] = []
+    for dim in node.shape or ():
+        found = next((((i.name or ""), (i.shape or ()).index(dim)) for i in given if dim in (i.shape or ())), None)
+        if isinstance(dim, int):
+            sizes.append(dim)
+        elif dim is None or found is None:
+            raise GraphError(
+                f"{name!r} cannot make a default for {node.inputs[0]!r}: no other input has the size {dim or '?'!r}",
+                node=name,
+                sides=[("optional", node.inputs[0], format_shape(node.shape))],
+                source=node.source,
+                hint="use the same name for the size in an input that is always there, or ag.or_else(x, node)",
+            )
+        else:
+            sizes.append(found)
+    return sizes

@@ -8,7 +8,7 @@ from typing import Any
 
 from .collect import refuse_taken, remaining, unnamed, with_bodies
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
-from .graph import Graph, prefixes
+from .graph import Body, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
@@ -174,16 +174,23 @@ def _inputs_first(nodes: Mapping[str, Node], names: list[str]) -> list[str]:
     return sorted(names, key=lambda n: nodes[n].op != "input")
 
 
-def _pruned(graph: Graph, table: Mapping[str, Node], outputs: Any, overrides: Mapping[str, bool]) -> Graph:
+def _pruned(
+    graph: Graph,
+    table: Mapping[str, Node],
+    outputs: Any,
+    overrides: Mapping[str, bool],
+    bodies: Mapping[str, Body] | None = None,
+) -> Graph:
     """Only what leads to the outputs, with what belongs to it."""
     needed: set[str] = set()
-    stack = [outputs] if isinstance(outputs, str) else list(outputs.values() if isinstance(outputs, dict) else outputs)
+    stack = list(leaves(outputs))
     while stack:
         name = stack.pop()
         if name not in needed:
             needed.add(name)
             stack += table[name].inputs
-    nodes, bodies = with_bodies({n: x for n, x in table.items() if n in needed}, graph.bodies)
+    kept = {n: x for n, x in table.items() if n in needed}
+    nodes, bodies = with_bodies(kept, graph.bodies if bodies is None else bodies)
     params = {p for x in nodes.values() for p in x.param_names()}
     return graph._with(
         nodes=nodes,
@@ -204,16 +211,15 @@ def rename(graph: Graph, old: str | Node, new: str) -> Graph:
         return graph
     refuse_taken(new, graph._nodes, replace(node, source=source))
     _refuse_adapted(graph, name)
+    called = {n: new + n.removeprefix(name) for n in graph.calls_of(name)}
     nodes = {
-        (new if n == name else n): replace(
-            x, name=new if n == name else n, inputs=tuple(new if i == name else i for i in x.inputs)
-        )
+        called.get(n, n): replace(x, name=called.get(n, n), inputs=tuple(called.get(i, i) for i in x.inputs))
         for n, x in graph._nodes.items()
     }
     params = dict(zip(node.param_names(), nodes[new].param_names(), strict=True))
     return graph._with(
         nodes=nodes,
-        outputs=map_outputs(graph.outputs, {name: new}),
+        outputs=map_outputs(graph.outputs, called),
         overrides={params.get(p, p): t for p, t in graph._overrides.items()},
     )
 

@@ -20,7 +20,7 @@ from .layers.table import OPS, runnable
 from .methods import METHODS
 from .names import check_imported_name, check_input_name, check_name
 from .node import Node, Param
-from .shapes import infer, uncollected
+from .shapes import Spec, Value, infer, uncollected
 
 Name = str
 Dims = list[str | int | None]
@@ -103,7 +103,7 @@ class GraphText(Strict):
 
     format: Literal["adaptergraph.graph/1"]
     nodes: list[NodeText]
-    outputs: Name | list[Name] | dict[str, Name]
+    outputs: Any
     bodies: list[BodyText] = []
     splices: list[SpliceText] = []
     trained: dict[Name, bool] = {}
@@ -176,7 +176,7 @@ def graph_to_json(graph: Graph) -> str:
     data: dict[str, Any] = {
         "format": "adaptergraph.graph/1",
         "nodes": [_node_to_json(n) for n in graph.nodes()],
-        "outputs": list(graph.outputs) if isinstance(graph.outputs, tuple) else graph.outputs,
+        "outputs": graph.outputs,
         "bodies": [{"name": b.name, "host": b.host, "where": b.where, "calls": b.calls} for b in graph.bodies.values()],
         "splices": [splice_to_json(s) for s in graph.splices],
         "trained": dict(graph._overrides),
@@ -263,8 +263,8 @@ def graph_from_json(text: str) -> Graph:
         missing = [i for i in item.inputs if i not in table]
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
-        table[item.name] = _host_node(item) if hosted else _own_node(item, [table[i] for i in item.inputs])
-    outputs: Any = tuple(data.outputs) if isinstance(data.outputs, list) else data.outputs
+        table[item.name] = _host_node(item) if hosted else _own_node(item, table)
+    outputs: Any = _outputs(data.outputs)
     graph = Graph._of(
         nodes=table,
         outputs=outputs,
@@ -279,8 +279,21 @@ def graph_from_json(text: str) -> Graph:
     return graph.check()
 
 
+def _outputs(value: Any) -> Any:
+    if isinstance(value, dict) and value:
+        return {key: _outputs(part) for key, part in value.items()}
+    if isinstance(value, list) and value:
+        return tuple(map(_outputs, value))
+    if not isinstance(value, str):
+        raise GraphError(f"the graph is not readable: outputs: {value!r} is no name of a node", source=here())
+    return value
+
+
 def _check_own_name(name: str) -> None:
-    check_name(name.partition("@")[0])
+    path, at, call = name.partition("@")
+    check_name(path)
+    if at and not (call.isascii() and call.isdigit()):
+        raise GraphError(f"the graph is not readable: {name!r} is no name of a further call", node=name)
 
 
 def _check_tables(graph: Graph) -> None:
@@ -305,24 +318,24 @@ def _host_node(item: NodeText) -> Node:
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
 
 
-def _own_node(item: NodeText, inputs: list[Node]) -> Node:
+def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
     """A node of ours: its op is a row of the table, and its shape is computed again."""
     options = {k: _value(v) for k, v in item.options.items()}
-    shape = tuple(item.shape or ())
-    dtype = dtype_from(item.dtype or "float32")
+    shape = None if item.shape is None else tuple(item.shape)
+    dtype = None if item.dtype is None else dtype_from(item.dtype)
     params: Mapping[str, Param] = {}
     if item.op == "input":
         check_input_name(item.name)
+        shape, dtype = shape or (), dtype or torch.float32
+        if item.inputs or not set(options) <= {"optional"}:
+            raise GraphError(f"the graph is not readable: the input {item.name!r} has {options}", node=item.name)
     elif item.op == "param":
-        params = {"": Param(tuple(int(d or 0) for d in shape), dtype)}
+        params = {"": Param(tuple(int(d or 0) for d in shape or ()), dtype or torch.float32)}
     elif item.op == "constant":
         given = item.options["value"]
         options = {"value": torch.tensor(given["tensor"], dtype=dtype_from(given["dtype"]))}
     elif item.op in OPS:
-        near = [_full(i, item.body) for i in inputs]
-        spec = infer(item.op, runnable(item.op, options), near, options, None, item.name)
-        params = spec.params
-        found = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
+        found, params = _computed(item, options, table)
         if found != (shape, dtype):
             raise GraphError(
                 f"the graph is not readable: {item.name!r} cannot give {shape}",
@@ -334,6 +347,37 @@ def _own_node(item: NodeText, inputs: list[Node]) -> Node:
             f"the graph is not readable: there is no op {item.op!r}", node=item.name, hint=suggestion(item.op, OPS)
         )
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body)
+
+
+def _computed(
+    item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node]
+) -> tuple[tuple[Any, Any], Mapping[str, Param]]:
+    """Shape, dtype and parameters of a node, from what it reads."""
+    if item.op == "item":
+        value: Value | None = _part(item, options, table)
+        params: Mapping[str, Param] = {}
+    else:
+        spec = _spec(item.op, options, [_full(table[i], item.body) for i in item.inputs], item.name)
+        value, params = spec.value, spec.params
+    return (None, None) if value is None else (value.shape, value.dtype), params
+
+
+def _spec(op: str, options: Mapping[str, Any], inputs: list[Node], name: str | None) -> Spec:
+    missing = [i for i in inputs if i.shape is None]
+    if missing:
+        raise GraphError(f"the graph is not readable: {name!r} reads {missing[0].name!r}, which is no tensor")
+    return infer(op, runnable(op, options), inputs, options, None, name)
+
+
+def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node]) -> Value:
+    """One output of a node that has several."""
+    owner = table[item.inputs[0]] if len(item.inputs) == 1 else None
+    several = owner is not None and owner.shape is None and owner.op in OPS
+    parts = _spec(owner.op, owner.options, [table[i] for i in owner.inputs], owner.name).parts if several else ()  # type: ignore[union-attr]
+    index = options.get("index")
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(parts):
+        raise GraphError(f"the graph is not readable: {item.name!r} is no output of {item.inputs}", node=item.name)
+    return parts[index]
 
 
 def _full(node: Node, body: str | None) -> Node:

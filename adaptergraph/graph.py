@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .node import EMPTY, Node, Param
 from .select import Selection, Selector, no_match, select
+from .verbs import Verbs
 
 if TYPE_CHECKING:
     import networkx
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .imported import Imported
     from .plan import Plan
 
-Outputs: TypeAlias = "str | tuple[str, ...] | dict[str, str]"
+Outputs: TypeAlias = "str | tuple[Any, ...] | dict[str, Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,12 @@ class Diff(NamedTuple):
     rewired: tuple[str, ...]
 
 
-class Graph:
+class Graph(Verbs):
     """A validated graph of named nodes; what every verb of this library starts from.
 
     Args:
-        outputs: the node the graph computes, or a list or dict of nodes.
+        outputs: the node the graph computes, or lists, tuples and dicts of nodes, nested as you like. The compiled
+            model returns the same structure (a list comes back as a tuple).
 
     Raises:
         DuplicateName: two different nodes have one name.
@@ -87,7 +89,7 @@ class Graph:
     imported: Imported | None
     _overrides: Mapping[str, bool]
 
-    def __init__(self, outputs: Node | Sequence[Node] | Mapping[str, Node]) -> None:
+    def __init__(self, outputs: Node | Sequence[Any] | Mapping[str, Any]) -> None:
         from .collect import collect
 
         self._fill(**collect(outputs))
@@ -150,9 +152,7 @@ class Graph:
 
     def output_names(self) -> tuple[str, ...]:
         """The names of the output nodes, whatever structure they are returned in."""
-        if isinstance(self.outputs, str):
-            return (self.outputs,)
-        return tuple(self.outputs.values() if isinstance(self.outputs, dict) else self.outputs)
+        return tuple(leaves(self.outputs))
 
     @cached_property
     def inputs(self) -> Mapping[str, Node]:
@@ -207,6 +207,16 @@ class Graph:
         return MappingProxyType(found)
 
     @cached_property
+    def further_calls(self) -> Mapping[str, tuple[str, ...]]:
+        """For each node that shares its weights with others, the names of these: `fc@1`, `fc@2`."""
+        found: dict[str, list[str]] = {}
+        for name in self._nodes:
+            path, at, _ = name.partition("@")
+            if at and self.imported is None:
+                found.setdefault(path, []).append(name)
+        return MappingProxyType({path: tuple(names) for path, names in found.items()})
+
+    @cached_property
     def body_at(self) -> Mapping[str, Body]:
         """For each value that exactly one body replaces, that body."""
         at: dict[str, list[Body]] = {}
@@ -231,7 +241,7 @@ class Graph:
         if self.imported is not None and name and name in self.imported.modules:
             return tuple(call.output for call in self.imported.modules[name].calls if call.output)
         if name in self._nodes:
-            return (name,)
+            return (name, *self.further_calls.get(name, ()))
         if name in self.containers:
             return (self.containers[name][0],)
         raise no_match(name, self.selectable)
@@ -607,3 +617,16 @@ def prefixes(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def leaves(outputs: Any) -> Iterator[str]:
+    """The names in an output structure, in order.
+
+    >>> list(leaves({"a": "x", "b": ("y", ("z",))}))
+    ['x', 'y', 'z']
+    """
+    if isinstance(outputs, str):
+        yield outputs
+        return
+    for value in outputs.values() if isinstance(outputs, dict) else outputs:
+        yield from leaves(value)

@@ -9,12 +9,13 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .collect import sizes_of_optional
 from .errors import GraphError, ShapeMismatch
 from .graph import Graph
 from .hosted import add_child, keep_frozen_statistics
@@ -22,6 +23,7 @@ from .layers.initializers import initialise
 from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
 from .shapes import Value, uncollected
+from .surgery import map_outputs
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -31,12 +33,15 @@ class Inputs:
     """What a compiled graph expects of its arguments; dtypes follow the model when it is moved."""
 
     specs: tuple[tuple[str, Shape, torch.dtype], ...]
+    optional: frozenset[str] = frozenset()
 
 
 def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
     """Enforces the declared shapes and dtypes of the inputs; called first in the generated code."""
     sizes: dict[str, Any] = {}
     for (name, shape, dtype), value in zip(inputs.specs, values, strict=True):
+        if value is None and name in inputs.optional:
+            continue
         if not isinstance(value, Tensor):
             _plainly(f"input {name!r} is no tensor")
             what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
@@ -102,7 +107,7 @@ class CompiledGraph(torch.fx.GraphModule):
         super()._apply(fn, recurse)
         # what `half()` or `to(…)` does to parameters it means for inputs too
         specs = tuple((name, shape, fn(torch.empty(0, dtype=d)).dtype) for name, shape, d in self.inputs.specs)
-        self.inputs = Inputs(specs)
+        self.inputs = replace(self.inputs, specs=specs)
         return self
 
 
@@ -132,7 +137,8 @@ def _shell(graph: Graph, checked: bool) -> CompiledGraph:
     shell.__dict__["_graph"] = program
     shell.source = graph
     specs = ((n, i.shape or (), i.dtype or torch.float32) for n, i in graph.inputs.items())
-    shell.inputs = Inputs(tuple(specs) if checked else ())
+    optional = frozenset(n for n, i in graph.inputs.items() if i.options.get("optional"))
+    shell.inputs = Inputs(tuple(specs) if checked else (), optional=optional)
     return shell
 
 
@@ -158,19 +164,27 @@ def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
         own = program.call_function(getattr, (program.get_attr(next(iter(graph.params))), "dtype"))
         values = {n: program.call_method("to", (v, own)) for n, v in values.items()}
     for name, node in graph._nodes.items():
-        if node.op != "input":
+        if node.op == "optional":
+            values[name] = _optional(program, graph, name, values)
+        elif node.op != "input":
             values[name] = _call(program, node, [values[i] for i in node.inputs])
     outputs: Any = graph.outputs
     if narrow:
         back = program.call_function(getattr, (given, "dtype"))
         values[outputs] = program.call_method("to", (values[outputs], back))
-    if isinstance(outputs, str):
-        program.output(values[outputs])
-    elif isinstance(outputs, dict):
-        program.output({key: values[n] for key, n in outputs.items()})
-    else:
-        program.output(tuple(values[n] for n in outputs))
+    program.output(map_outputs(outputs, values))
     return program
+
+
+def _optional(program: torch.fx.Graph, graph: Graph, name: str, values: Mapping[str, Any]) -> Any:
+    """A missing input is stood in for by its default, in the sizes that other inputs have."""
+    node = graph._nodes[name]
+    sizes = sizes_of_optional(graph, name, node)
+    given = [program.call_method("size", (values[s[0]], s[1])) if isinstance(s, tuple) else s for s in sizes]
+    like = next((values[n] for n, i in graph.inputs.items() if not i.options.get("optional")), None)
+    label = re.sub(r"\W", "_", name)
+    arguments = (values[node.inputs[0]], tuple(given), node.options["default"], node.dtype, like)
+    return program.create_node("call_function", OPS["optional"].function, arguments, name=label)  # type: ignore[arg-type]
 
 
 def _call(program: torch.fx.Graph, node: Node, inputs: list[Any]) -> Any:

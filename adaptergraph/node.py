@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import Source
+from .errors import GraphError, Source
 from .names import path_of
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Node:
         params: its own parameters by their name in the module.
         body: the body it belongs to, or None for a host.
         source: the user's line.
+        shares: while a graph is being written, the node whose weights this one uses; then its name says so.
+        space: while a graph is being written, the namespace in which a graph names it.
     """
 
     op: str
@@ -69,6 +71,8 @@ class Node:
     body: str | None = None
     source: Source | None = None
     graph: Graph | None = None
+    shares: Node | None = None
+    space: str = ""
 
     @property
     def path(self) -> str:
@@ -135,6 +139,22 @@ def _equal(a: Any, b: Any) -> bool:
     # a tensor here is the value of a constant, whose shape and dtype have been compared already
     result = a == b
     return result if isinstance(result, bool) else bool(result.all())
+
+
+def check_present(op: str, read: Node, source: Source | None) -> None:
+    """An input that may be missing is read by the two ops that say what stands in its place.
+
+    Raises:
+        GraphError: another op reads it; both are named.
+    """
+    if read.op == "input" and read.options.get("optional") and op not in ("optional", "or_else"):
+        raise GraphError(
+            f"{op} reads {read.name!r}, which is optional and may be missing",
+            node=read.name,
+            sides=[("reads", read.name or "", format_shape(read.shape), "optional")],
+            source=source,
+            hint=f"say what stands in its place: ag.optional({read.name}, default=…) or ag.or_else({read.name}, node)",
+        )
 
 
 def format_shape(shape: Shape | None) -> str:

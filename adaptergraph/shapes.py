@@ -37,10 +37,11 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What an op gives: its value (None if it is no single tensor) and the parameters it brings."""
+    """What an op gives: its value (None if it is no single tensor), its parameters, its values if there are several."""
 
     value: Value | None
     params: Mapping[str, Param]
+    parts: tuple[Value, ...] = ()
 
 
 def infer(
@@ -100,11 +101,16 @@ def _probe(make: Callable[[Sequence[Value]], Any], values: Sequence[Value]) -> S
     (first, params), (second, others) = runs[0], runs[-1]
     if params != others:
         raise ValueError("its parameters need a size that is known, not a name or None")
-    if not isinstance(first, torch.Tensor):
-        return Spec(None, params)
     one, two = (_stand_ins(values, primes) for primes in _PRIMES)
-    dims = [_named(a, b, one, two) if named else int(a) for a, b in zip(first.shape, second.shape, strict=True)]
-    return Spec(Value(tuple(dims), first.dtype), params)
+
+    def value(a: torch.Tensor, b: torch.Tensor) -> Value:
+        dims = [_named(i, j, one, two) if named else int(i) for i, j in zip(a.shape, b.shape, strict=True)]
+        return Value(tuple(dims), a.dtype)
+
+    if isinstance(first, torch.Tensor):
+        return Spec(value(first, second), params)
+    several = isinstance(first, tuple) and all(isinstance(part, torch.Tensor) for part in first)
+    return Spec(None, params, tuple(map(value, first, second)) if several else ())
 
 
 def _run(

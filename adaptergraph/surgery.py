@@ -10,7 +10,7 @@ import torch
 
 from .collect import refuse_taken, remaining, unnamed
 from .errors import BadSplice, GraphError, ShapeMismatch, Source, UnknownNode, here
-from .graph import Body, Graph, Splice
+from .graph import Body, Graph, Splice, leaves
 from .names import check_name
 from .node import EMPTY, Node, format_shape
 from .select import Selection, Selector, entries_of, hits, in_graph_order, is_pattern, match
@@ -123,8 +123,8 @@ def map_outputs(outputs: Any, names: Mapping[str, str]) -> Any:
     if isinstance(outputs, str):
         return names.get(outputs, outputs)
     if isinstance(outputs, dict):
-        return {key: names.get(name, name) for key, name in outputs.items()}
-    return tuple(names.get(name, name) for name in outputs)
+        return {key: map_outputs(value, names) for key, value in outputs.items()}
+    return tuple(map_outputs(value, names) for value in outputs)
 
 
 def in_order(nodes: Mapping[str, Node], wanted: Iterable[str], source: Source | None) -> dict[str, Node]:
@@ -221,7 +221,9 @@ def _hosts(graph: Graph, at: Selector, source: Source | None) -> Selection:
 
 def _is_place(graph: Graph, name: str) -> bool:
     node = graph._nodes.get(name)
-    return node is None or (node.op not in NO_PLACE and node.body is None)
+    if node is None:
+        return True
+    return node.op not in NO_PLACE and node.body is None and node.shape is not None and "@" not in name
 
 
 def _refuse(graph: Graph, hosts: Iterable[str], source: Source | None) -> None:
@@ -243,6 +245,13 @@ def _refuse(graph: Graph, hosts: Iterable[str], source: Source | None) -> None:
                 node=host,
                 source=source,
                 hint="splice at a layer that reads it",
+            )
+        elif node is not None and "@" in host:
+            raise BadSplice(
+                f"{host!r} is a further call of {node.path!r}: a body is added at all its calls",
+                node=host,
+                source=source,
+                hint=f"splice at {node.path!r}",
             )
         elif node is not None and node.shape is None:
             raise BadSplice(
@@ -391,7 +400,7 @@ def _inputs(draft: _Draft, host: str, where: str, index: int = 0) -> Mapping[str
         call = graph.imported.modules[host].calls[index]
         pairs = [(a, draft.arrived(v, lambda b: not host.startswith(b.host + "."))[0]) for a, v in call.inputs]
     else:
-        members = graph.containers[host][1] if host in graph.containers else (host,)
+        members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
         inside = _inside(draft, host, set()) if host in graph.containers else lambda v: False
         reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
         values = [v for v in reads if draft.nodes[v].op not in ("param", "constant") and not inside(v)]
@@ -430,6 +439,15 @@ def made(result: Node) -> list[Node]:
             stack.pop()
         else:
             stack += reversed(waiting)
+    for node in order.values():
+        if node.shares is not None:
+            first = node.shares.name or node.shares.op
+            raise BadSplice(
+                f"{node.op} shares the weights of {first!r}, which is decided where a graph is made",
+                node=first,
+                source=node.source,
+                hint="write it before ag.Graph(…), or leave share= out",
+            )
     return list(order.values())
 
 
@@ -536,8 +554,7 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
 def _refuse_readers(graph: Graph, nodes: Mapping[str, Node], outputs: Any, source: Source | None) -> None:
     """What is left may read the value a body makes, which is replaced by its host's, but nothing inside it."""
     reads = [(f"{n!r} reads", i) for n, node in nodes.items() for i in node.inputs]
-    names = [outputs] if isinstance(outputs, str) else list(outputs.values() if isinstance(outputs, dict) else outputs)
-    for who, value in [*reads, *(("the graph returns", name) for name in names)]:
+    for who, value in [*reads, *(("the graph returns", name) for name in leaves(outputs))]:
         if value not in nodes:
             raise BadSplice(
                 f"{who} {value!r} of the body {graph._nodes[value].body!r}, which cannot be taken out alone",

@@ -46,3 +46,8 @@ def traced(zoo: dict[str, Traced]) -> Iterator[Callable[[str], Traced]]:
     yield get
     for name, state in before.items():
         assert snapshot(zoo[name].model) == state, f"the shared model {name!r} was changed"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--axon-golden PATH`: another file of real outputs of Axon, of the same format."""
+    parser.addoption("--axon-golden", default=None, help="a file like tests/golden/axon.json")

@@ -19,6 +19,8 @@ FLOORS = {
     "collect": 1,
     "surgery": 1,
     "edit": 1,
+    "rewrite": 1,
+    "verbs": 1,
     "shapes": 2,
     "layers": 2,
     "adapter": 3,

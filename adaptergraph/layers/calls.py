@@ -27,6 +27,7 @@ from .making import (
     several,
     spelt,
 )
+from .naming import current_space, scoped
 
 __all__ = [
     "activation",
@@ -58,13 +59,14 @@ __all__ = [
 
 
 @spelt
-def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32) -> Node:
+def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32, *, optional: bool = False) -> Node:
     """An input of the graph: an argument of the compiled model's `forward`.
 
     Args:
         name: a plain identifier.
         shape: sizes; a name such as `"batch"` stands for any size, equal wherever the name is; None for any size.
         dtype: checked when the model is called.
+        optional: it may be left out of a call; only `ag.optional` and `ag.or_else` can read it.
 
     Raises:
         GraphError: the name or shape cannot be used.
@@ -87,7 +89,8 @@ def input(name: str, shape: Sequence[Dim], dtype: torch.dtype = torch.float32) -
             )
     if not isinstance(dtype, torch.dtype):
         raise GraphError(f"the dtype of input {name!r} is a torch.dtype, not {dtype!r}", source=source)
-    return Node("input", (), check_input_name(name, source), tuple(shape), dtype, source=source)
+    options = {"optional": True} if check_flag(optional, "optional") else {}
+    return Node("input", (), check_input_name(name, source), tuple(shape), dtype, options, source=source)
 
 
 @spelt
@@ -104,7 +107,7 @@ def param(name: str, shape: Sequence[int], *, init: Any = "zeros", dtype: torch.
     ['scale']
     """
     source = here()
-    check_name(name, source)
+    name = check_name(scoped(check_name(name, source)), source)
     if isinstance(shape, str) or not isinstance(shape, Sequence):
         raise GraphError(f"the shape of param {name!r} is a tuple of sizes, not {shape!r}", node=name, source=source)
     sizes = tuple(check_size(s, f"a size of param {name!r}") for s in shape)
@@ -127,8 +130,10 @@ def constant(value: torch.Tensor | float | int, *, name: str | None = None) -> N
         raise GraphError(f"a constant is a tensor or a number, not {value!r}", node=name, source=source)
     tensor = value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
     options = {"value": tensor}
-    checked = None if name is None else check_name(name, source)
-    return Node("constant", (), checked, tuple(tensor.shape), tensor.dtype, options, source=source)
+    checked = None if name is None else check_name(scoped(check_name(name, source)), source)
+    return Node(
+        "constant", (), checked, tuple(tensor.shape), tensor.dtype, options, source=source, space=current_space()
+    )
 
 
 @spelt
@@ -140,6 +145,7 @@ def dense(
     activation: str | None = None,
     weight_init: Any = None,
     bias_init: Any = None,
+    share: Node | None = None,
     name: str | None = None,
 ) -> Node:
     """A linear layer over the last dimension: `nn.Linear`, `... × features` to `... × size`.
@@ -148,6 +154,7 @@ def dense(
         size: features of the output.
         activation: adds a node of this activation after it.
         weight_init, bias_init: see `param`; None is torch's own (Kaiming-uniform).
+        share: another dense node, whose weights this one uses.
 
     Raises:
         GraphError: `size` is no positive number.
@@ -157,15 +164,23 @@ def dense(
     <unnamed: dense batch × 64>
     """
     options = {"size": check_size(size, "the size of dense", name), "bias": check_flag(bias, "bias", name)}
-    node = make("dense", [x], name, options, weight_init=weight_init, bias_init=bias_init)
+    node = make("dense", [x], name, options, share, weight_init=weight_init, bias_init=bias_init)
     return node if activation is None else activated(activation, node, None)
 
 
 @spelt
-def embedding(x: Node, vocab_size: int, size: int, *, weight_init: Any = None, name: str | None = None) -> Node:
+def embedding(
+    x: Node,
+    vocab_size: int,
+    size: int,
+    *,
+    weight_init: Any = None,
+    share: Node | None = None,
+    name: str | None = None,
+) -> Node:
     """Rows of a trained table: integers `...` to `... × size` (`nn.Embedding`)."""
     rows, features = check_size(vocab_size, "vocab_size", name), check_size(size, "the size of embedding", name)
-    return make("embedding", [x], name, {"vocab_size": rows, "size": features}, weight_init=weight_init)
+    return make("embedding", [x], name, {"vocab_size": rows, "size": features}, share, weight_init=weight_init)
 
 
 @spelt
@@ -221,11 +236,11 @@ def dropout(x: Node, *, rate: float = 0.5, name: str | None = None) -> Node:
 
 
 @spelt
-def layer_norm(x: Node, *, eps: float = 1e-5, name: str | None = None) -> Node:
+def layer_norm(x: Node, *, eps: float = 1e-5, share: Node | None = None, name: str | None = None) -> Node:
     """Normalises the last dimension (`nn.LayerNorm`): scale starts at one, shift at zero."""
     if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
         raise GraphError(f"eps is a number that is not negative, not {eps!r}", node=name, source=here())
-    return make("layer_norm", [x], name, {"eps": float(eps)})
+    return make("layer_norm", [x], name, {"eps": float(eps)}, share)
 
 
 @spelt

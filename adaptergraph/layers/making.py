@@ -11,9 +11,10 @@ import torch
 
 from ..errors import GraphError, ShapeMismatch, Source, here, suggestion
 from ..names import check_name
-from ..node import Node, format_shape
+from ..node import Node, check_present, format_shape
 from ..shapes import infer
 from .initializers import check_initializer
+from .naming import current_space, scoped, shared
 from .table import ACTIVATIONS, OPS, check_activation, runnable
 
 P = ParamSpec("P")
@@ -37,19 +38,22 @@ def spelt(fn: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
-def make(op: str, inputs: Sequence[Any], name: str | None, options: Mapping[str, Any], **inits: Any) -> Node:
-    """A node of an op: its options checked, its shape known."""
+def make(
+    op: str, inputs: Sequence[Any], name: str | None, options: Mapping[str, Any], share: Any = None, **inits: Any
+) -> Node:
+    """A node of an op: its options checked, its shape known, its weights its own or those of `share`."""
     source = here()
     check_inputs(op, inputs, source)
     if name is not None:
-        check_name(name, source)
+        name = check_name(scoped(check_name(name, source)), source)
     spec = infer(op, runnable(op, options), inputs, options, source, name)
     shape, dtype = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
     for key, init in inits.items():
         own = spec.params.get(key.removesuffix("_init"))
         if init is not None and own is not None:
             options = {**options, key: check_initializer(init, own.shape, f"the {key.removesuffix('_init')} of {op}")}
-    return Node(op, tuple(inputs), name, shape, dtype, options, spec.params, source=source)
+    node = Node(op, tuple(inputs), name, shape, dtype, options, spec.params, source=source, space=current_space())
+    return node if share is None else shared(node, share)
 
 
 def activated(activation: Any, x: Node, name: str | None, **options: Any) -> Node:
@@ -82,6 +86,7 @@ def check_inputs(op: str, inputs: Sequence[Any], source: Source | None) -> None:
             raise GraphError(
                 f"{op} reads {node.name or node.op!r}, which gives no single tensor", node=node.name, source=source
             )
+        check_present(op, node, source)
         if i < floats and node.dtype is not None and not (node.dtype.is_floating_point or node.dtype.is_complex):
             raise ShapeMismatch(
                 f"{op} reads floats, and {node.name or node.op!r} is {node.dtype}",

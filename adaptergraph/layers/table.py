@@ -1,6 +1,6 @@
 """The ops of a declared graph as rows: how a module or function is made from options. Floor 2.
 
-A new layer is one row here and one typed function in `calls.py`.
+A new layer is one row and one typed function: in `calls.py` with its row here, or both in the file of its family.
 """
 
 from __future__ import annotations
@@ -96,7 +96,12 @@ _ROWS = [
     Op("flatten", "all but the batch in one dimension", function=fn.flatten),
     *(Op(name, f"the activation {name}", function=f, floats=1) for name, (f, _) in ACTIVATIONS.items()),
 ]
-OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}
+OPS: dict[str, Op] = {row.name: row for row in _ROWS}
+
+
+def add_rows(*rows: Op) -> None:
+    """Rows of a family of layers that has a file of its own."""
+    OPS.update((row.name, row) for row in rows)
 
 
 def check_activation(name: Any) -> str:
@@ -116,6 +121,9 @@ def runnable(op: str, options: Mapping[str, Any]) -> Callable[[Sequence[Value]],
         return lambda values: options["module"]
     if op in ("nx", "layer"):
         return lambda values: fn.Function(options["fn"], options.get("options", {}))
+    if op == "optional":
+        # its default is a matter of the graph, which knows the sizes
+        return lambda values: fn.linear
     row = OPS[op]
     given = {k: v for k, v in options.items() if not k.endswith("_init")}
     if row.module is not None:
