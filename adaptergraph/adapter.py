@@ -9,6 +9,7 @@ from . import layers
 from .errors import GraphError, ShapeMismatch, here, suggestion
 from .graph import Graph
 from .layers.making import check_flag, check_rate, check_size, spelt
+from .layers.naming import scoped
 from .layers.table import check_activation
 from .names import check_name
 from .node import Node, format_shape
@@ -168,7 +169,7 @@ def bottleneck(
         h = layers.layer_norm(h, name=called("norm"))
     if residual:
         h = layers.add([x, h], name=called("residual"))
-    return _in_body(h, x, prefix)
+    return _in_body(h, x, scoped(prefix) if prefix else "")
 
 
 def _in_body(node: Node, outside: Node, body: str) -> Node:

@@ -24,6 +24,9 @@ from .node import Node, Param, Shape, format_shape
 
 # small enough for position tables of 512, in two orders, so that no simple sum or product of one is another both times
 _PRIMES = ((211, 233, 263, 283, 313, 337), (401, 509, 443, 487, 379, 461))
+# for ops that take as many steps as a size says
+_FEW = ((11, 13, 17, 19, 23, 29), (31, 37, 41, 43, 47, 53))
+_STEPPED = ("lstm", "gru")
 _MEMO: dict[Any, Spec] = {}
 
 
@@ -65,7 +68,7 @@ def infer(
     if key is not None and key in _MEMO:
         return _MEMO[key]
     try:
-        spec = _probe(make, values)
+        spec = _probe(make, values, _FEW if op in _STEPPED else _PRIMES)
     except Exception as error:
         # a torch traceback says nothing that we do not, but the user's own code may be what is wrong
         own = error if op in ("module", "nx", "layer") else None
@@ -95,13 +98,15 @@ def _plain(value: Any) -> Any:
     return _NOT_PLAIN
 
 
-def _probe(make: Callable[[Sequence[Value]], Any], values: Sequence[Value]) -> Spec:
+def _probe(
+    make: Callable[[Sequence[Value]], Any], values: Sequence[Value], primes: tuple[tuple[int, ...], ...]
+) -> Spec:
     named = any(not isinstance(d, int) for v in values for d in v.shape)
-    runs = [_run(make, values, _stand_ins(values, primes)) for primes in (_PRIMES if named else _PRIMES[:1])]
+    runs = [_run(make, values, _stand_ins(values, few)) for few in (primes if named else primes[:1])]
     (first, params), (second, others) = runs[0], runs[-1]
     if params != others:
         raise ValueError("its parameters need a size that is known, not a name or None")
-    one, two = (_stand_ins(values, primes) for primes in _PRIMES)
+    one, two = (_stand_ins(values, few) for few in primes)
 
     def value(a: torch.Tensor, b: torch.Tensor) -> Value:
         dims = [_named(i, j, one, two) if named else int(i) for i, j in zip(a.shape, b.shape, strict=True)]
