@@ -79,16 +79,14 @@ class _Draft:
             for read, _ in body.calls:
                 self.replacing.setdefault(read, []).append(body.name)
 
-    def arrived(self, value: str, past: Callable[[Body], bool]) -> tuple[str, set[str]]:
-        """What a value becomes after the bodies on it, and these bodies.
+    def arrived(self, value: str, past: Callable[[Body], bool]) -> str:
+        """What a value becomes after the bodies on it.
 
         Two branches that a user wrote over one node replace nothing for each other.
         """
-        passed: set[str] = set()
         while len(names := self.replacing.get(value, [])) == 1 and past(self.bodies[names[0]]):
-            passed.add(names[0])
             value = dict(self.bodies[names[0]].calls)[value]
-        return value, passed
+        return value
 
     def repoint(self, old: str, new: str, only: Callable[[str], bool]) -> None:
         """Lets readers of one value, the outputs and the bodies that replace it read another value."""
@@ -315,35 +313,35 @@ def _attach(draft: _Draft, host: str, apply: Any, name: str, where: str, source:
             hint="give this one another name="
             + (f", or take it out first: graph.unsplice({body!r})" if body in draft.bodies else ""),
         )
+    inside = _inside(draft, host)
     calls: list[tuple[str, str]] = []
     first: dict[str, Node] = {}
     for index, base in enumerate(draft.graph.calls_of(host)):
-        value, passed = draft.arrived(base, lambda b: (b.host + ".").startswith(host + "."))
+        value = draft.arrived(base, lambda b: (b.host + ".").startswith(host + "."))
         if index == 0:
             new = _apply(draft, host, body, value, apply, where, source)
             first = {n.name or "": n for n in new}
             written = new[-1].name or ""
         else:
             new, written = _again(draft, host, where, first, calls, value, index)
-        inside = _inside(draft, host, passed)
         for node in new:
             draft.add(node, value)
         own = {node.name for node in new}
-        draft.repoint(value, written, lambda r, own=own, inside=inside: r not in own and not inside(r))  # type: ignore[misc]
+        draft.repoint(value, written, lambda r, own=own: r not in own and not inside(r))  # type: ignore[misc]
         calls.append((value, written))
     draft.bodies[body] = Body(body, host, where, tuple(calls))
     for read, _ in calls:
         draft.replacing.setdefault(read, []).append(body)
 
 
-def _inside(draft: _Draft, host: str, passed: set[str]) -> Callable[[str], bool]:
-    """Whether a node runs inside the host, or in a body before this one: such nodes still see the value as it was."""
+def _inside(draft: _Draft, host: str) -> Callable[[str], bool]:
+    """Whether a node runs inside the host: such nodes still see the value as it was."""
     imported = draft.graph.imported
     leaf = imported is None and host in draft.graph._nodes
 
     def inside(name: str) -> bool:
         node = draft.nodes[name]
-        if node.op == "output" or node.body in passed:
+        if node.op == "output":
             return True
         if leaf:
             return False
@@ -398,10 +396,10 @@ def _inputs(draft: _Draft, host: str, where: str, index: int = 0) -> Mapping[str
     graph = draft.graph
     if graph.imported is not None:
         call = graph.imported.modules[host].calls[index]
-        pairs = [(a, draft.arrived(v, lambda b: not host.startswith(b.host + "."))[0]) for a, v in call.inputs]
+        pairs = [(a, draft.arrived(v, lambda b: not host.startswith(b.host + "."))) for a, v in call.inputs]
     else:
         members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
-        inside = _inside(draft, host, set()) if host in graph.containers else lambda v: False
+        inside = _inside(draft, host) if host in graph.containers else lambda v: False
         reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
         values = [v for v in reads if draft.nodes[v].op not in ("param", "constant") and not inside(v)]
         floats = [v for v in values if (dtype := draft.nodes[v].dtype) is not None and dtype.is_floating_point]

@@ -469,7 +469,7 @@ def test_a_wrong_call_says_both_shapes_and_what_a_name_stands_for():
         "    declared   batch × seq",
         "    given      2 × 4",
         "    where      batch = 2, seq = 3",
-        "  to fix      one name of a size stands for one size in all inputs",
+        "  to fix      give a tensor of 2 dimensions with these sizes; a name is one size in all inputs",
     ]
     assert caught.value.node == "mask"
 

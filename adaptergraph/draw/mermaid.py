@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from ..view import Box, Frame, Link, View, holds, legend, number, plain, shape_text
 
 _CLASSES = """\
@@ -18,14 +20,25 @@ def to_mermaid(view: View) -> str:
 
     >>> import adaptergraph as ag
     >>> x = ag.input("x", shape=("batch", 8))
-    >>> print(ag.Graph(ag.dense(x, 4, name="fc")).mermaid().splitlines()[0])
+    >>> print(ag.Graph(ag.dense(x, 4, name="fc")).mermaid())
+    ---
+    title: "declared graph · frozen 0 · trained 36 (100.0 %)"
+    ---
     flowchart LR
+    ...
+      n0[/"x<br/>batch × 8"/]
+      n1["fc<br/>8 → 4<br/>36"]
+      n2[/"output<br/>batch × 4"/]
+      n0 --> n1
+      n1 --> n2
+    ...
     """
     ids = {box.name: f"n{i}" for i, box in enumerate(view.boxes())}
     frozen, new = legend(view.totals)
-    lines = [f"flowchart {'TB' if view.tall else 'LR'}", _CLASSES]
-    title = _escaped(" + ".join([view.title, *view.added]))
-    lines.append(f"  %% {title} · {_escaped(frozen)} · {_escaped(new)}")
+    title = plain(f"{' + '.join([view.title, *view.added])} · {frozen} · {new}")
+    # the title is a string of YAML, which reads JSON's quotes
+    lines = ["---", f"title: {json.dumps(title, ensure_ascii=False)}", "---"]
+    lines += [f"flowchart {'TB' if view.tall else 'LR'}", _CLASSES]
     depth = 1
     for i, (kind, item) in enumerate(view.rows):
         pad = "  " * depth

@@ -173,7 +173,8 @@ class Boxes:
         if "norm" not in node.op.lower() or len(data) != 1 or data[0] is not self.latest.get(item.parent or item):
             return None
         draft = data[0]
-        if set(draft.joins) - ADDS or draft.norm or any(n in self.outline.params_of for n in draft.nodes):
+        known = draft.norm or any(n in self.outline.params_of or n in self.special for n in draft.nodes)
+        if known or set(draft.joins) - ADDS:
             return None
         del self.drafts[draft.name]
         draft.name, draft.kind, draft.norm, draft.item = item.path, "box", node.op, item
