@@ -2,17 +2,19 @@
 
 from . import blocks
 from .adapter import Adapter
+from .branches import load_branch
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
 from .fit import fit
 from .graph import Diff, Graph
 from .layers.calls import *  # noqa: F403
 from .layers.calls import __all__ as _layers
-from .methods import Bottleneck
+from .methods import Bottleneck, Fusion, Stack, Sum, Switch
 from .node import Node
 from .select import Selection
 from .sites import detach, graph_of
 from .storage import adapter_state, apply, load, save
 from .surgery import Site
+from .tasks import set_task, task
 from .trace import trace
 
 __version__ = "0.1.0"
@@ -23,13 +25,17 @@ __all__ = [
     "Bottleneck",
     "Diff",
     "DuplicateName",
+    "Fusion",
     "Graph",
     "GraphError",
     "Node",
     "Selection",
     "ShapeMismatch",
     "Site",
+    "Stack",
     "StateMismatch",
+    "Sum",
+    "Switch",
     "UnknownNode",
     "adapter_state",
     "apply",
@@ -38,7 +44,10 @@ __all__ = [
     "fit",
     "graph_of",
     "load",
+    "load_branch",
     "save",
+    "set_task",
+    "task",
     "trace",
     *_layers,
 ]

@@ -119,10 +119,14 @@ def bottleneck(
     init: str = "zeros",
     residual: bool = True,
     layer_norm: str | None = None,
+    output_size: int | None = None,
     prefix: str = "",
     **unknown: Any,
 ) -> Node:
-    """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`."""
+    """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`.
+
+    Without a residual it may give another size than that of x.
+    """
     if unknown:
         word = next(iter(unknown))
         known = ("activation", "dropout", "scale", "init", "residual", "layer_norm", "hidden_size", "bottleneck_size")
@@ -143,7 +147,7 @@ def bottleneck(
     h = layers.activation(h, activation, name=called("act"))
     if dropout:
         h = layers.dropout(h, rate=dropout, name=called("dropout"))
-    h = layers.dense(h, hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
+    h = layers.dense(h, output_size or hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
     if scale == "learned":
         h = layers.multiply([h, layers.param(called("scale"), (1,), init="ones")], name=called("scaled"))
     elif scale != 1.0:

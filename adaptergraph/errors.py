@@ -38,7 +38,7 @@ def here() -> Source | None:
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] not in (_PACKAGE, "pydantic") and not frame.f_code.co_filename.startswith("<"):
+        if module.partition(".")[0] not in (_PACKAGE, "pydantic", "torch") and not frame.f_code.co_filename.startswith("<"):
             return Source(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -473,6 +473,7 @@ class Graph:
         inplace: bool = False,
         seed: int = 0,
         state: Mapping[str, torch.Tensor] | None = None,
+        task: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.nn.Module:
@@ -487,6 +488,7 @@ class Graph:
             inplace: attach the bodies to the model itself; `ag.detach` gives it back.
             seed: initial values depend on this and on the parameter's name only.
             state: values for some or all parameters, by name.
+            task: compile this task of every `Switch` only; its keys stay, and no task is chosen at a call.
             device: where new parameters are made; a body otherwise follows its host.
             dtype: of new parameters; bodies are float32 on a half-precision host unless this says otherwise.
 
@@ -496,7 +498,7 @@ class Graph:
         """
         from .compiler import compile_graph
 
-        return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype)
+        return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype, task=task)
 
     def summary(self, fold: bool = True) -> Any:
         """The graph as a table for the terminal; repeats are folded unless `fold=False`."""

@@ -186,7 +186,17 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         outputs=draft.outputs,
         bodies=draft.bodies,
         splices=(*graph.splices, record),
+        overrides={**graph._overrides, **_frozen(draft, record)},
     )
+
+
+def _frozen(draft: _Draft, splice: Splice) -> dict[str, bool]:
+    """The parameters of new bodies that their method wants frozen: paths below the body."""
+    parts = getattr(splice.method, "frozen", ())
+    below = tuple(f"{host}.{splice.name}.{part}." for host in splice.hosts for part in parts)
+    new = {f"{host}.{splice.name}" for host in splice.hosts} if parts else set()
+    params = (p for node in draft.nodes.values() if node.body in new for p in node.param_names())
+    return {p: False for p in params if p.startswith(below)}
 
 
 def _plain(at: Any) -> bool:

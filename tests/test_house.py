@@ -29,8 +29,11 @@ FLOORS = {
     "lower": 4,
     "sites": 4,
     "state": 4,
+    "switch": 4,
+    "tasks": 4,
     "compiler": 4,
     "exchange": 5,
+    "branches": 5,
     "storage": 5,
     "view": 6,
     "draw": 6,
@@ -48,6 +51,7 @@ UPWARD = {
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
+    | {"switch", "tasks", "branches"}
     | {"storage", "fit", "surgery"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
