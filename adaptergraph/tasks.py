@@ -13,8 +13,8 @@ from torch import nn
 
 from .errors import GraphError, here, suggestion
 from .graph import Graph
-from .hosted import host
-from .sites import graph_of
+from .hosted import host, plan_of
+from .sites import attachment, graph_of
 from .switch import Rows, Switch
 
 # ---------------------------------------------------------------------- choosing
@@ -177,6 +177,9 @@ def _own_words(model: nn.Module, word: str) -> GraphError:
 def give_tasks(model: nn.Module) -> None:
     """Lets the root of a model with a `Switch` take `task=`, unless it uses the word itself."""
     own = "task" in inspect.signature(model.forward).parameters or any(hasattr(model, w) for w in ("task", "set_task"))
+    record = attachment(model)
+    if record is not None and plan_of(model) is None:
+        record.hosts.append("")
     plan = host(model, Refused if own else Tasked)
     plan.around = None if own else task_argument
 

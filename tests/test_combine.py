@@ -288,7 +288,9 @@ def test_a_branch_is_read_and_nothing_else(method, branch, tmp_path):
     changed = [n for n, v in snapshot(model).items() if v != before[n]]
     assert changed
     assert all(n.startswith(f"fc.many.{branch}.") for n in changed)
-    assert torch.equal(model.get_parameter(f"fc.many.{branch}.up.weight"), ag.load(declared(), folder).fc.adapter.up.weight)
+    assert torch.equal(
+        model.get_parameter(f"fc.many.{branch}.up.weight"), ag.load(declared(), folder).fc.adapter.up.weight
+    )
 
 
 def wider():
@@ -329,13 +331,22 @@ def without_tensor(folder):
             r"does not fit the branch 'a' \(1 differences\)\n"
             r"    fc   branch Bottleneck\(2\)   file Bottleneck\(2, activation='gelu'\)",
         ),
-        ({"at": "out"}, {"a": B(2)}, "a", None, ag.StateMismatch, r"out   branch none +file .*\n    fc +branch .* file none"),
+        (
+            {"at": "out"},
+            {"a": B(2)},
+            "a",
+            None,
+            ag.StateMismatch,
+            r"out   branch none +file .*\n    fc +branch .* file none",
+        ),
         ({"graph": wider()}, {"a": B(2)}, "a", None, ag.StateMismatch, r"fc.weight   adapter \[8, 9\]   host \[8, 8\]"),
         ({}, {"a": B(2)}, "a", damage, ag.StateMismatch, "is damaged, or not the file that belongs to adapter.json"),
         ({}, {"a": B(2)}, "a", without_tensor, ag.StateMismatch, "fc.fusion.a.up.bias   branch has it   file has none"),
     ],
 )
-def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(options, fused, branch, change, error, message, tmp_path):
+def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(
+    options, fused, branch, change, error, message, tmp_path
+):
     folder = saved(tmp_path, **options)
     if change is not None:
         change(folder)
@@ -348,7 +359,9 @@ def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(options, fused, b
 
 def test_no_combination_no_branch(tmp_path):
     folder = saved(tmp_path)
-    with pytest.raises(ag.GraphError, match="the model has no branch 'a'\n.*\n  to fix      combine methods: ag.Fusion"):
+    with pytest.raises(
+        ag.GraphError, match="the model has no branch 'a'\n.*\n  to fix      combine methods: ag.Fusion"
+    ):
         ag.load_branch(declared().splice("fc", B(2)).compile(), folder, "a")
 
 
@@ -395,7 +408,10 @@ def test_code_in_a_combination_has_no_name_in_a_file():
     [
         (lambda: ag.Stack(), r"Stack takes one or more methods, not \(\)"),
         (lambda: ag.Sum(B(2), 3), "Sum takes methods or callables site -> Node, not 3"),
-        (lambda: ag.Stack(B), r"Stack takes methods or callables .*\n.*\n  to fix      make one of it: Bottleneck\(…\)"),
+        (
+            lambda: ag.Stack(B),
+            r"Stack takes methods or callables .*\n.*\n  to fix      make one of it: Bottleneck\(…\)",
+        ),
         (lambda: ag.Stack(B(2), weights=(1,)), "Stack has no option 'weights'"),
         (lambda: ag.Sum(B(2), weight=(1,)), "Sum has no option 'weight'\n.*\n  to fix      did you mean 'weights'"),
         (lambda: ag.Sum(B(2), B(2), weights=(1,)), r"one number for each of its 2 methods, not \(1,\)"),
@@ -407,17 +423,26 @@ def test_code_in_a_combination_has_no_name_in_a_file():
         (lambda: ag.Fusion({"a b": B(2)}), "a node cannot be called 'a b'"),
         (lambda: ag.Fusion({1: B(2)}), "a node's name is a string, not 1"),
         (lambda: ag.Fusion({"a.b": B(2)}), "a branch of Fusion cannot be called 'a.b': it is one word"),
-        (lambda: ag.Fusion({"query": B(2)}), "a branch of Fusion cannot be called 'query': Fusion has a node of that name"),
+        (
+            lambda: ag.Fusion({"query": B(2)}),
+            "a branch of Fusion cannot be called 'query': Fusion has a node of that name",
+        ),
         (lambda: ag.Fusion({"forward": B(2)}), "'forward' is an attribute of every module"),
         (lambda: ag.Fusion({"a": B(2)}, dropout=1.0), "a dropout rate is at least 0 and less than 1, not 1.0"),
-        (lambda: ag.Fusion({"a": B(2)}, droput=0.1), "Fusion has no option 'droput'\n.*\n  to fix      did you mean 'dropout'"),
+        (
+            lambda: ag.Fusion({"a": B(2)}, droput=0.1),
+            "Fusion has no option 'droput'\n.*\n  to fix      did you mean 'dropout'",
+        ),
         (lambda: ag.Fusion({"a": B(2)}, temperature=0.0), "a temperature is a positive number or 'learned', not 0.0"),
         (lambda: ag.Fusion({"a": B(2)}, temperature="cold"), r"Fusion\(temperature='cold'\)"),
         (lambda: ag.Fusion({"a": B(2)}, value_init="eye"), "unknown value_init 'eye'\n.*\n  to fix      one of: zeros"),
         (lambda: ag.Fusion({"a": B(2)}, init=-1.0), "init is a deviation greater than zero or None, not -1.0"),
         (lambda: ag.Fusion({"a": B(2)}, scaled=1), r"Fusion\(scaled=1\)"),
         (lambda: ag.Switch({"switch": B(2)}), "a branch of Switch cannot be called 'switch'"),
-        (lambda: ag.Stack(ag.Switch({"a": B(2)})), r"a Switch cannot be inside Stack: .*\n.*\n.*Switch\({\"a\": Stack\(…\)}\)"),
+        (
+            lambda: ag.Stack(ag.Switch({"a": B(2)})),
+            r"a Switch cannot be inside Stack: .*\n.*\n.*Switch\({\"a\": Stack\(…\)}\)",
+        ),
         (lambda: ag.Switch({"a": ag.Switch({"b": B(2)})}), "a Switch cannot be inside Switch"),
         (lambda: ag.Switch({"a": B(2)}, B(2)), "Switch takes only its branches by position"),
     ],
