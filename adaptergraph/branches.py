@@ -13,15 +13,15 @@ from .exchange import SpliceText, method_from_json
 from .graph import Graph, Splice
 from .sites import graph_of
 from .state import load_values
-from .storage import _check_host, _files, _mismatch, _without_splices
+from .storage import HostText, _check_host, _files, _mismatch, _without_splices
 
 
 def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -> nn.Module:
     """Reads an adapter that was trained alone into one branch of a model's `Fusion`, `Switch`, `Stack` or `Sum`.
 
     The adapter's bodies become the branches of this name at the same hosts; everything is checked first, then all of
-    them are read, or none. Parameters of the host that were trained along, such as a classifier, are not read: the
-    model has its own.
+    them are read, or none. Parameters of the host that were trained along, such as a classifier, are not read and may
+    have other shapes: the model has its own.
 
     Args:
         model: a compiled model of the same host.
@@ -48,7 +48,10 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     data, state = _files(Path(folder))
     host = _without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
-    _check_host({n: list(p.shape) for n, p in own.items()}, data, type(model).__name__)
+    # what was trained along is not read, so it may be another one here
+    known = data.model_copy(update={"host": _frozen_part(data.host, data.tensors)})
+    shapes = {n: list(p.shape) for n, p in own.items() if n not in (data.tensors or ())}
+    _check_host(shapes, known, type(model).__name__)
     where = _paired(_with_branch(graph, branch), data.splices, branch, folder)
     values = {
         new + name.removeprefix(old): tensor
@@ -62,6 +65,13 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
         _mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows)
     load_values(model, values, str(folder))
     return model
+
+
+def _frozen_part(host: HostText | None, trained: Iterable[str] | None) -> HostText:
+    """What a file says of its host, without the parameters that it holds itself."""
+    assert host is not None
+    kept = {name: shape for name, shape in host.parameters.items() if name not in set(trained or ())}
+    return host.model_copy(update={"parameters": kept})
 
 
 def _with_branch(graph: Graph, branch: str) -> list[Splice]:

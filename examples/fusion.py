@@ -54,7 +54,7 @@ def accuracy(model, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     options = {"epochs": args.epochs, "batch_size": 16, "lr": 3e-3, "progress": False}

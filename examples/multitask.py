@@ -47,7 +47,7 @@ def accuracy(model, data, task):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     train = {task: read("train", labels, tokenizer) for task, labels in TASKS.items()}

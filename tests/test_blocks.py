@@ -144,7 +144,7 @@ def test_a_parallel_adapter_may_change_the_number_of_features():
 
 
 def test_a_parallel_adapter_needs_the_input():
-    with pytest.raises(ag.BadSplice, match="a body 'after' 'layer.ffn' sees its output only"):
+    with pytest.raises(ag.BadSplice, match=r"a body 'after' 'layer\.ffn' sees its output only"):
         layer("post").splice("layer.ffn", ag.Bottleneck.parallel(4), where="after")
 
 

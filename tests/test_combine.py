@@ -357,10 +357,26 @@ def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(
     assert snapshot(model) == before
 
 
+def test_a_head_that_was_trained_along_may_have_another_shape(tmp_path):
+    def with_head(size):
+        x = ag.input("x", shape=("batch", SIZE))
+        return ag.Graph(ag.dense(ag.dense(x, SIZE, name="fc"), size, name="head")).freeze().unfreeze("head")
+
+    alone = randomise(with_head(3).splice("fc", B(2)).compile())
+    model = with_head(5).splice("fc", ag.Fusion({"a": B(2)})).compile()
+    head = model.head.weight.clone()
+    ag.load_branch(model, ag.save(alone, tmp_path), "a")
+    assert torch.equal(model.fc.adapter.a.up.weight, alone.fc.adapter.up.weight)
+    assert torch.equal(model.head.weight, head)
+    frozen = with_head(3).freeze().splice("fc", B(2)).compile()
+    with pytest.raises(ag.StateMismatch, match=r"head.weight   adapter \[3, 8\]   host \[5, 8\]"):
+        ag.load_branch(model, ag.save(frozen, tmp_path), "a")
+
+
 def test_no_combination_no_branch(tmp_path):
     folder = saved(tmp_path)
     with pytest.raises(
-        ag.GraphError, match="the model has no branch 'a'\n.*\n  to fix      combine methods: ag.Fusion"
+        ag.GraphError, match=r"the model has no branch 'a'\n.*\n  to fix      combine methods: ag\.Fusion"
     ):
         ag.load_branch(declared().splice("fc", B(2)).compile(), folder, "a")
 
@@ -399,7 +415,7 @@ def test_a_combination_is_frozen():
 
 def test_code_in_a_combination_has_no_name_in_a_file():
     graph = declared().splice("fc", ag.Stack(B(2), lambda site: ag.tanh(site.output)))
-    with pytest.raises(ag.GraphError, match="the method '.*lambda.*' is code of yours, which has no name in a file"):
+    with pytest.raises(ag.GraphError, match=r"the method '.*lambda.*' is code of yours, which has no name in a file"):
         graph.to_json()
 
 

@@ -183,12 +183,15 @@ def test_a_live_model_with_one_task_is_the_model_with_its_adapter(bert, traced):
 def test_an_exception_leaves_nothing_behind(model, how):
     model.set_task("a")
     wanted = model(batch())
-    with pytest.raises(ag.ShapeMismatch, match="input 'x' has another shape than declared"):
+
+    def call():
         if how == "call":
             model(torch.ones(2, 3), task="b")
-        else:
-            with model.task("b"):
-                model(torch.ones(2, 3))
+        with model.task("b"):
+            model(torch.ones(2, 3))
+
+    with pytest.raises(ag.ShapeMismatch, match="input 'x' has another shape than declared"):
+        call()
     assert torch.equal(model(batch()), wanted)
 
 
@@ -331,7 +334,7 @@ def test_compile_one_task(model):
     assert torch.equal(one(batch()), model(batch(), task="b"))
     assert torch.equal(one(batch(), task="b"), model(batch(), task="b"))
     assert ag.graph_of(one).splices[0].method == ag.Switch({"b": B(3)})
-    with pytest.raises(ag.GraphError, match="there is no task 'a' at 'fc.adapter'"):
+    with pytest.raises(ag.GraphError, match=r"there is no task 'a' at 'fc\.adapter'"):
         one(batch(), task="a")
 
 
@@ -370,7 +373,8 @@ def test_changing_the_task_does_not_compile_again(how):
             ag.set_task(compiled, task)
             got = compiled(batch())
             got.sum().backward()
-            assert [n for n, p in model.named_parameters() if p.grad is not None][0].startswith(f"fc.adapter.{task}.")
+            moved = {n for n, p in model.named_parameters() if p.grad is not None}
+            assert moved == {n for n in model.state_dict() if n.startswith(f"fc.adapter.{task}.")}
         else:
             with ag.task(compiled, rows if how == "rows" else task):
                 got = compiled(batch())
@@ -425,7 +429,7 @@ def test_a_live_model_compiles_once_for_all_tasks(traced):
         ),
         (
             lambda m: ag.task(ag.graph_of(m).unsplice().compile(), "a"),
-            r'this CompiledGraph has no Switch, .*\n.*\n  to fix      graph.splice\(at, ag.Switch\({"a": …, "b": …}\)\)',
+            r'this CompiledGraph has no Switch.*\n.*\n  to fix      graph.splice\(at, ag.Switch\({"a": …, "b": …}\)\)',
         ),
         (lambda m: ag.set_task(nn.Linear(1, 1), "a"), "this Linear has no Switch"),
         (
