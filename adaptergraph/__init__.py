@@ -2,18 +2,20 @@
 
 from . import blocks
 from .adapter import Adapter
+from .branches import load_branch
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
 from .fit import fit
 from .graph import Diff, Graph
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
-from .methods import Bottleneck
+from .methods import Bottleneck, Fusion, Stack, Sum, Switch
 from .node import Node
 from .plan import plan_table
 from .select import Selection
 from .sites import detach, graph_of
 from .storage import adapter_state, apply, load, save
 from .surgery import Site
+from .tasks import set_task, task
 from .trace import trace
 
 __version__ = "0.1.0"
@@ -24,13 +26,17 @@ __all__ = [
     "Bottleneck",
     "Diff",
     "DuplicateName",
+    "Fusion",
     "Graph",
     "GraphError",
     "Node",
     "Selection",
     "ShapeMismatch",
     "Site",
+    "Stack",
     "StateMismatch",
+    "Sum",
+    "Switch",
     "UnknownNode",
     "adapter_state",
     "apply",
@@ -39,8 +45,11 @@ __all__ = [
     "fit",
     "graph_of",
     "load",
+    "load_branch",
     "plan_table",
     "save",
+    "set_task",
+    "task",
     "trace",
     *_layers,
 ]

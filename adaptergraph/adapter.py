@@ -140,9 +140,13 @@ def bottleneck(
     init: str = "zeros",
     residual: bool = True,
     layer_norm: str | None = None,
+    output_size: int | None = None,
     prefix: str = "",
 ) -> Node:
-    """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`."""
+    """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`.
+
+    Without a residual it may give another size than that of x.
+    """
     hidden = _hidden(x, hidden_size, prefix)
     check_size(size, "bottleneck_size")
     check_activation(activation)
@@ -159,7 +163,7 @@ def bottleneck(
     h = layers.activation(h, activation, name=called("act"))
     if dropout:
         h = layers.dropout(h, rate=dropout, name=called("dropout"))
-    h = layers.dense(h, hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
+    h = layers.dense(h, output_size or hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
     if scale == "learned":
         factor = layers.param(called("scale"), (1,), init="ones", dtype=h.dtype)
         h = layers.multiply([h, factor], name=called("scaled"))

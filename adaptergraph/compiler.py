@@ -13,6 +13,7 @@ from .graph import Graph
 from .lower import lower
 from .sites import attach, check_host
 from .state import load_values, shared_copy, values_from
+from .tasks import give_tasks, has_switch, only_task
 
 
 def compile_graph(
@@ -24,13 +25,18 @@ def compile_graph(
     state: Mapping[str, Tensor] | str | os.PathLike[str] | None,
     device: Any,
     dtype: Any,
+    task: str | None = None,
 ) -> nn.Module:
     """See `Graph.compile`."""
+    if task is not None:
+        graph = only_task(graph, task)
     model = (
         _hosted(graph, host, inplace, seed, device, dtype)
         if graph.imported
         else _declared(graph, host, inplace, seed, device, dtype)
     )
+    if has_switch(graph):
+        give_tasks(model)
     if isinstance(state, str | os.PathLike):
         load_values(model, values_from(state), repr(os.fspath(state)), _needed(graph))
     elif state is not None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from .collect import refuse_taken, remaining, unnamed, with_bodies
+from .draft import in_order, map_outputs
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
 from .graph import Body, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
-from .surgery import in_order, is_foreign, made, map_outputs
+from .surgery import is_foreign, made
 
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:

@@ -37,8 +37,8 @@ def here() -> Source | None:
     """The nearest calling line outside this package."""
     frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] not in (_PACKAGE, "pydantic") and not frame.f_code.co_filename.startswith("<"):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in (_PACKAGE, "pydantic", "torch") and not frame.f_code.co_filename.startswith("<"):
             return Source(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -143,8 +143,24 @@ def method_to_json(method: Any) -> dict[str, Any]:
         )
     kind: Any = type(method)
     options = {f.name: (getattr(method, f.name), f.default) for f in fields(kind)}
-    changed = {name: value for name, (value, default) in options.items() if value != default}
+    changed = {name: _nested(value) for name, (value, default) in options.items() if value != default}
     return {"method": type(method).__name__, **changed}
+
+
+def _nested(value: Any) -> Any:
+    """An option of a method; the options of a combination are methods themselves."""
+    if isinstance(value, Mapping):
+        return {name: method_to_json(branch) for name, branch in value.items()}
+    if isinstance(value, tuple):
+        return [_nested(v) for v in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else method_to_json(value)
+
+
+def _from_nested(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        is_method = isinstance(value.get("method"), str)
+        return method_from_json(value) if is_method else {n: _from_nested(v) for n, v in value.items()}
+    return [_from_nested(v) for v in value] if isinstance(value, list) else value
 
 
 def method_from_json(data: Mapping[str, Any]) -> Any:
@@ -154,7 +170,7 @@ def method_from_json(data: Mapping[str, Any]) -> Any:
     if name not in METHODS:
         hint = suggestion(name, METHODS) if isinstance(name, str) else None
         raise GraphError(f"there is no method {name!r}", source=here(), hint=hint)
-    return METHODS[name](**options)
+    return METHODS[name](**{option: _from_nested(value) for option, value in options.items()})
 
 
 def splice_to_json(splice: Splice) -> dict[str, Any]:

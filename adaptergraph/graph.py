@@ -485,6 +485,7 @@ class Graph(Verbs):
         inplace: bool = False,
         seed: int = 0,
         state: Mapping[str, torch.Tensor] | str | os.PathLike[str] | None = None,
+        task: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.nn.Module:
@@ -501,6 +502,7 @@ class Graph(Verbs):
             state: pretrained values by name: a mapping of tensors, or the path of a safetensors file. What is missing
                 keeps its starting value, which is an error for a frozen parameter of a declared graph: it would stay
                 random for ever.
+            task: compile this task of every `Switch` only; its keys stay, and no task is chosen at a call.
             device: where new parameters are made; a body otherwise follows its host.
             dtype: of new parameters; bodies are float32 on a half-precision host unless this says otherwise.
 
@@ -521,7 +523,7 @@ class Graph(Verbs):
         """
         from .compiler import compile_graph
 
-        return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype)
+        return compile_graph(self, host, inplace=inplace, seed=seed, state=state, device=device, dtype=dtype, task=task)
 
     def plan(self, **sizes: int) -> Plan:
         """What the graph costs: parameters, trained share, FLOPs, activation and optimizer memory, per node and in all.

@@ -12,8 +12,8 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,15 +47,17 @@ class Plan:
         path: where in the output the adapted tensor is; empty when the output is the tensor.
         hidden: children that iteration over a container skips.
         keeps_statistics: a frozen normalisation layer, which stays in eval.
+        around: called with the module and the keyword arguments of each call; gives what the call runs in.
     """
 
     steps: tuple[Step, ...] = ()
     path: tuple[str | int, ...] = ()
     hidden: frozenset[str] = field(default_factory=frozenset)
     keeps_statistics: bool = False
+    around: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]] | None = None
 
 
-_HOSTED: dict[type, type] = {}
+_HOSTED: dict[tuple[type, type], type] = {}
 _ORIGINAL: dict[type, type] = {}
 
 
@@ -64,14 +66,16 @@ def plan_of(module: nn.Module) -> Plan | None:
     return module.__dict__.get(PLAN)
 
 
-def host(module: nn.Module) -> Plan:
-    """Swaps the class of a module, once, and returns its plan."""
+def host(module: nn.Module, mixin: type = object) -> Plan:
+    """Swaps the class of a module, once, and returns its plan; with a mixin its class has these methods too."""
     plan = plan_of(module)
     if plan is None:
         plan = module.__dict__[PLAN] = Plan()
         if "forward" in module.__dict__:
             module.__dict__[INNER] = module.__dict__.pop("forward")
-        module.__class__ = hosted_class(type(module))
+        module.__class__ = hosted_class(type(module), mixin)
+    elif mixin is not object:
+        module.__class__ = hosted_class(_ORIGINAL[type(module)], mixin)
     return plan
 
 
@@ -168,16 +172,22 @@ def _names(code: types.CodeType) -> set[str]:
 # ---------------------------------------------------------------------- the swapped class
 
 
-def hosted_class(cls: Any) -> type:
-    """The subclass of a module's class on which bodies run; one for each class."""
-    if cls in _HOSTED:
-        return _HOSTED[cls]
+def hosted_class(cls: Any, mixin: type = object) -> type:
+    """The subclass of a module's class on which bodies run; one for each class and mixin."""
+    if (cls, mixin) in _HOSTED:
+        return _HOSTED[cls, mixin]
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self.__dict__.get(PLAN)
+        if plan is not None and plan.around is not None:
+            with plan.around(self, kwargs):
+                return run(self, plan, args, kwargs)
+        return run(self, plan, args, kwargs)
+
+    def run(self: Any, plan: Plan | None, args: Any, kwargs: Any) -> Any:
         inner = self.__dict__.get(INNER)
         out = cls.forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
-        plan = self.__dict__.get(PLAN)
         if plan is not None:
             for step in plan.steps:
                 out = _adapted(self, step, plan.path, out, args, kwargs)
@@ -209,13 +219,14 @@ def hosted_class(cls: Any) -> type:
             return (make, args, *rest)
         if args and args[0] is hosted:
             args = (cls, *args[1:])
-        return (_remade, (make, args), *rest)
+        return (_remade, (make, args, mixin), *rest)
 
     members = {"forward": forward, "train": train, "__setattr__": set_attribute, "__delattr__": delete_attribute}
     members |= {"__reduce_ex__": reduce_ex, **_containers(cls)}
     members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    hosted: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda space: space.update(members))
-    _HOSTED[cls] = hosted
+    bases = (cls,) if mixin is object else (cls, mixin)
+    hosted: Any = types.new_class(cls.__name__, bases, exec_body=lambda space: space.update(members))
+    _HOSTED[cls, mixin] = hosted
     _ORIGINAL[hosted] = cls
     return hosted
 
@@ -284,9 +295,9 @@ def _visible(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in self._modules.items() if n not in hidden and m is not None)
 
 
-def _remade(make: Any, args: Any) -> Any:
+def _remade(make: Any, args: Any, mixin: type = object) -> Any:
     module = make(*args)
-    module.__class__ = hosted_class(type(module))
+    module.__class__ = hosted_class(type(module), mixin)
     return module
 
 

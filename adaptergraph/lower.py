@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .collect import sizes_of_optional
+from .draft import map_outputs
 from .errors import GraphError, ShapeMismatch
 from .graph import Graph
 from .hosted import add_child, keep_frozen_statistics
@@ -23,7 +24,7 @@ from .layers.initializers import initialise
 from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
 from .shapes import Value, uncollected
-from .surgery import map_outputs
+from .switch import Switch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -163,10 +164,14 @@ def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
         # small updates are lost in half precision: compute in the dtype of the body's own parameters
         own = program.call_function(getattr, (program.get_attr(next(iter(graph.params))), "dtype"))
         values = {n: program.call_method("to", (v, own)) for n, v in values.items()}
+    inside = _switched(graph)
     for name, node in graph._nodes.items():
         if node.op == "optional":
             values[name] = _optional(program, graph, name, values)
-        elif node.op != "input":
+        elif node.op == "switch" and node.body in inside:
+            given_to = [values[i] for i in _outside(graph, node.body)]
+            values[name] = program.call_module(node.body, tuple(given_to))
+        elif node.op != "input" and node.body not in inside:
             values[name] = _call(program, node, [values[i] for i in node.inputs])
     outputs: Any = graph.outputs
     if narrow:
@@ -193,6 +198,13 @@ def _call(program: torch.fx.Graph, node: Node, inputs: list[Any]) -> Any:
     if node.op in ("param", "constant"):
         return program.create_node("get_attr", path, name=label)
     row = OPS.get(node.op)
+    if node.op == "switch":
+        raise GraphError(
+            f"{node.name!r} is a switch inside a body: it must be the last thing its method does",
+            node=node.name,
+            source=node.source,
+            hint="splice twice: once the Switch, once what comes after it",
+        )
     if row is None or row.module is not None:
         return program.create_node("call_module", path, tuple(inputs), name=label)
     options = {k: v for k, v in node.options.items() if not k.endswith("_init")}
@@ -214,8 +226,8 @@ def lower(
     checked: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> CompiledGraph:
-    """The graph as a module with its starting values.
+) -> CompiledGraph | Switch:
+    """The graph as a module with its starting values; a body that ends in a switch is one module for each task.
 
     Args:
         seed: with a parameter's name all that its starting value depends on.
@@ -223,8 +235,13 @@ def lower(
         checked: enforce the declared inputs at each call.
         device, dtype: of the new parameters.
     """
+    start: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
+    last = graph._nodes[graph.outputs] if isinstance(graph.outputs, str) else None
+    if not checked and last is not None and last.op == "switch":
+        return _lowered_switch(graph, last, prefix, start)
     shell = _shell(graph, checked)
-    nodes = {node.path: node for node in graph.nodes() if node.op != "input"}
+    inside = _switched(graph)
+    nodes = {node.path: node for node in graph.nodes() if node.op != "input" and node.body not in inside}
     # on the CPU wherever they go: the starting values are the same on every device
     meta = device is not None and torch.device(device).type == "meta"
     made: set[str] = set()
@@ -234,12 +251,36 @@ def lower(
             value = _made(graph, node, prefix + path, seed)
             if value is not None:
                 _place(shell, path, value, node, made)
+    for body, switch in inside.items():
+        child = lower(body_graph(graph, body), prefix=f"{prefix}{body}.", checked=False, **start)
+        _place(shell, body, child, switch, made)
     for name, parameter in shell.named_parameters():
         parameter.requires_grad_(graph.trained.get(name, True))
     hosts = [name for name in graph.params if name not in graph.body_params]
     all_frozen = bool(hosts) and not any(graph.trained[name] for name in hosts)
     keep_frozen_statistics(shell, graph.trained, frozen=all_frozen)
     return shell if device is None and dtype is None else shell.to(device=device, dtype=dtype)
+
+
+def _switched(graph: Graph) -> dict[str, Node]:
+    """The bodies that end in a switch, and these; each is called as one module."""
+    ends = {written: name for name, body in graph.bodies.items() for _, written in body.calls}
+    return {ends[n]: node for n, node in graph._nodes.items() if node.op == "switch" and n in ends}
+
+
+def _lowered_switch(graph: Graph, switch: Node, prefix: str, start: Mapping[str, Any]) -> Switch:
+    """Each branch as a graph of its own, over the same inputs."""
+    branches = {}
+    for task, output in zip(switch.options["tasks"], switch.inputs[1:], strict=True):
+        below = f"{task}."
+        short = {n: n.removeprefix(below) for n in graph._nodes if n in graph.inputs or n.startswith(below)}
+        nodes = {
+            new: replace(graph._nodes[old], name=new, inputs=tuple(short[i] for i in graph._nodes[old].inputs))
+            for old, new in short.items()
+        }
+        branch = Graph._of(nodes=nodes, outputs=short[output])
+        branches[task] = lower(branch, prefix=prefix + below, checked=False, **start)
+    return Switch(prefix.removesuffix("."), branches)
 
 
 def _made(graph: Graph, node: Node, name: str, seed: int) -> Any:
@@ -307,15 +348,22 @@ def _refuse_attribute(owner: nn.Module, part: str, node: Node) -> None:
         )
 
 
+def _outside(graph: Graph, body: str) -> list[str]:
+    """What a body reads from outside, the value it replaces first."""
+    nodes = [n for n in graph.nodes() if n.body == body and "@" not in (n.name or "")]
+    values = dict.fromkeys(i for n in nodes for i in n.inputs if graph._nodes[i].body != body)
+    return sorted(values, key=lambda v: v != graph.bodies[body].calls[0][0])
+
+
 def body_graph(graph: Graph, body: str) -> Graph:
     """One body as a graph of its own: what it reads from outside are inputs `x`, `input`, …; names are relative."""
     record = graph.bodies[body]
     read, written = record.calls[0]
     nodes = [n for n in graph.nodes() if n.body == body and "@" not in (n.name or "")]
-    outside = dict.fromkeys(i for n in nodes for i in n.inputs if graph._nodes[i].body != body)
+    outside = _outside(graph, body)
     names = {value: "x" if value == read else f"input_{i}" for i, value in enumerate(outside)}
     table: dict[str, Node] = {}
-    for value in sorted(outside, key=lambda v: v != read):
+    for value in outside:
         host = graph._nodes[value]
         table[names[value]] = Node("input", (), names[value], host.shape, host.dtype)
     for node in nodes:

@@ -27,6 +27,7 @@ from .hosted import (
 from .imported import Call
 from .lower import CompiledGraph, body_graph, lower
 from .node import Param
+from .switch import Switch
 
 _ATTACHED = "_adaptergraph"
 
@@ -95,7 +96,9 @@ def attach(
     model.__dict__[_ATTACHED] = record
 
 
-def _attach(model: nn.Module, record: Attachment, steps: Mapping[str, Step], made: Mapping[str, CompiledGraph]) -> None:
+def _attach(
+    model: nn.Module, record: Attachment, steps: Mapping[str, Step], made: Mapping[str, CompiledGraph | Switch]
+) -> None:
     graph = record.graph
     assert graph.imported is not None
     plain = [n for n, m in model.named_modules() if plan_of(m) is None]

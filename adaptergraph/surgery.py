@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .collect import refuse_taken, remaining, unnamed
+from .collect import remaining, unnamed
+from .draft import Draft, in_order, map_outputs
 from .errors import BadSplice, GraphError, ShapeMismatch, Source, UnknownNode, here
 from .graph import Body, Graph, Splice, leaves
 from .names import check_name
@@ -62,109 +63,6 @@ class Site:
         )
 
 
-class _Draft:
-    """A table under construction: edges can be repointed and nodes put in without walking the whole table again."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.nodes = dict(graph._nodes)
-        self.readers: dict[str, dict[str, None]] = {n: dict.fromkeys(r) for n, r in graph.consumers.items()}
-        self.bodies = dict(graph.bodies)
-        self.outputs = graph.outputs
-        self.after: dict[str, list[str]] = {}
-        self.rank = {name: i for i, name in enumerate(graph._nodes)}
-        self.anchor = {name: name for name in graph._nodes}
-        self.replacing: dict[str, list[str]] = {}
-        for body in graph.bodies.values():
-            for read, _ in body.calls:
-                self.replacing.setdefault(read, []).append(body.name)
-
-    def arrived(self, value: str, past: Callable[[Body], bool]) -> str:
-        """What a value becomes after the bodies on it.
-
-        Two branches that a user wrote over one node replace nothing for each other.
-        """
-        while len(names := self.replacing.get(value, [])) == 1 and past(self.bodies[names[0]]):
-            value = dict(self.bodies[names[0]].calls)[value]
-        return value
-
-    def repoint(self, old: str, new: str, only: Callable[[str], bool]) -> None:
-        """Lets readers of one value, the outputs and the bodies that replace it read another value."""
-        for reader in [r for r in self.readers[old] if only(r)]:
-            node = self.nodes[reader]
-            self.nodes[reader] = replace(node, inputs=tuple(new if i == old else i for i in node.inputs))
-            del self.readers[old][reader]
-            self.readers[new][reader] = None
-        self.outputs = map_outputs(self.outputs, {old: new})
-        for name in self.replacing.pop(old, ()):
-            body = self.bodies[name]
-            self.bodies[name] = replace(body, calls=tuple((new if r == old else r, w) for r, w in body.calls))
-            self.replacing.setdefault(new, []).append(name)
-
-    def add(self, node: Node, near: str) -> None:
-        name = node.name or ""
-        refuse_taken(name, self.nodes, node)
-        self.nodes[name] = node
-        self.readers[name] = {}
-        for value in dict.fromkeys(node.inputs):
-            self.readers[value][name] = None
-        anchor = max((self.anchor[i] for i in (near, *node.inputs)), key=self.rank.__getitem__)
-        self.anchor[name] = anchor
-        self.after.setdefault(anchor, []).append(name)
-
-    def ordered(self) -> list[str]:
-        return [n for name in self.graph._nodes for n in (name, *self.after.get(name, ()))]
-
-
-def map_outputs(outputs: Any, names: Mapping[str, str]) -> Any:
-    """The same structure with some names replaced."""
-    if isinstance(outputs, str):
-        return names.get(outputs, outputs)
-    if isinstance(outputs, dict):
-        return {key: map_outputs(value, names) for key, value in outputs.items()}
-    return tuple(map_outputs(value, names) for value in outputs)
-
-
-def in_order(nodes: Mapping[str, Node], wanted: Iterable[str], source: Source | None) -> dict[str, Node]:
-    """The table in this order, where a node that is read comes first.
-
-    Raises:
-        BadSplice: a node reads what is computed from it.
-    """
-    table: dict[str, Node] = {}
-    path: dict[str, None] = {}
-    for name in wanted:
-        stack = [name]
-        while stack:
-            top = stack[-1]
-            missing = [i for i in nodes[top].inputs if i not in table]
-            if top in table or not missing:
-                table.setdefault(top, nodes[top])
-                path.pop(top, None)
-                stack.pop()
-                continue
-            path[top] = None
-            again = next((i for i in missing if i in path), None)
-            if again is not None:
-                raise _cycle(nodes, [*reversed(list(path)[list(path).index(again) :])], source)
-            stack += reversed(missing)
-    return table
-
-
-def _cycle(nodes: Mapping[str, Node], ring: list[str], source: Source | None) -> BadSplice:
-    """Each name is read by the next, and the last by the first; told from the body that closes it, if there is one."""
-    closing = [i for i, n in enumerate(ring) if nodes[n].body not in (None, nodes[ring[i - 1]].body)]
-    ring = ring[closing[0] :] + ring[: closing[0]] if closing else ring
-    shown = ring if len(ring) < 9 else [*ring[:4], "…", *ring[-4:]]
-    return BadSplice(
-        f"{ring[0]!r} reads {ring[-1]!r}, which is computed from it: a cycle",
-        node=ring[0],
-        sides=[("cycle", " → ".join([*shown, ring[0]]))],
-        source=source,
-        hint="a node can only read what is computed before it",
-    )
-
-
 def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None) -> Graph:
     """See `Graph.splice`."""
     source = here()
@@ -181,7 +79,7 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     if where not in WHERE:
         raise BadSplice(f"a body can be 'after' or 'around' its host, not {where!r}", source=source)
     hosts = _hosts(graph, at, source)
-    draft = _Draft(graph)
+    draft = Draft(graph)
     for host in hosts:
         _attach(draft, host, apply, name, where, source)
     texts = entries_of(at)
@@ -193,7 +91,17 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         outputs=draft.outputs,
         bodies=draft.bodies,
         splices=(*graph.splices, record),
+        overrides={**graph._overrides, **_frozen(draft, record)},
     )
+
+
+def _frozen(draft: Draft, splice: Splice) -> dict[str, bool]:
+    """The parameters of new bodies that their method wants frozen: paths below the body."""
+    parts = getattr(splice.method, "frozen", ())
+    below = tuple(f"{host}.{splice.name}.{part}." for host in splice.hosts for part in parts)
+    new = {f"{host}.{splice.name}" for host in splice.hosts} if parts else set()
+    params = (p for node in draft.nodes.values() if node.body in new for p in node.param_names())
+    return {p: False for p in params if p.startswith(below)}
 
 
 def _hosts(graph: Graph, at: Selector, source: Source | None) -> Selection:
@@ -303,7 +211,7 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
     )
 
 
-def _attach(draft: _Draft, host: str, apply: Any, name: str, where: str, source: Source | None) -> None:
+def _attach(draft: Draft, host: str, apply: Any, name: str, where: str, source: Source | None) -> None:
     body = f"{host}.{name}"
     if body in draft.bodies or body in draft.nodes:
         raise BadSplice(
@@ -334,7 +242,7 @@ def _attach(draft: _Draft, host: str, apply: Any, name: str, where: str, source:
         draft.replacing.setdefault(read, []).append(body)
 
 
-def _inside(draft: _Draft, host: str) -> Callable[[str], bool]:
+def _inside(draft: Draft, host: str) -> Callable[[str], bool]:
     """Whether a node runs inside the host: such nodes still see the value as it was."""
     imported = draft.graph.imported
     leaf = imported is None and host in draft.graph._nodes
@@ -353,9 +261,7 @@ def _inside(draft: _Draft, host: str) -> Callable[[str], bool]:
     return inside
 
 
-def _apply(
-    draft: _Draft, host: str, body: str, value: str, apply: Any, where: str, source: Source | None
-) -> list[Node]:
+def _apply(draft: Draft, host: str, body: str, value: str, apply: Any, where: str, source: Source | None) -> list[Node]:
     handle = _handle(draft, value)
     site = Site(host, handle, draft.graph, _inputs(draft, host, where), where, source)
     result = apply(site)
@@ -382,14 +288,14 @@ def _apply(
     return new
 
 
-def _handle(draft: _Draft, value: str) -> Node:
+def _handle(draft: Draft, value: str) -> Node:
     """A node as a method sees it. Bodies on a half-precision host compute in float32 (see `CompiledGraph`)."""
     node = replace(draft.nodes[value], graph=draft.graph)
     half = draft.graph.imported is not None and node.dtype in (torch.float16, torch.bfloat16)
     return replace(node, dtype=torch.float32) if half else node
 
 
-def _inputs(draft: _Draft, host: str, where: str, index: int = 0) -> Mapping[str, Node]:
+def _inputs(draft: Draft, host: str, where: str, index: int = 0) -> Mapping[str, Node]:
     """The float tensors that one call of the host reads, after the bodies that they pass on their way."""
     if where != "around":
         return EMPTY
@@ -407,7 +313,7 @@ def _inputs(draft: _Draft, host: str, where: str, index: int = 0) -> Mapping[str
     return {argument: _handle(draft, value) for argument, value in pairs}
 
 
-def _new_nodes(draft: _Draft, result: Node, body: str, allowed: set[str | None], source: Source | None) -> list[Node]:
+def _new_nodes(draft: Draft, result: Node, body: str, allowed: set[str | None], source: Source | None) -> list[Node]:
     """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
     order = made(result)
     counts: dict[str, int] = {}
@@ -449,7 +355,7 @@ def made(result: Node) -> list[Node]:
     return list(order.values())
 
 
-def _settled(draft: _Draft, node: Node, body: str, allowed: set[str | None], source: Source | None) -> str:
+def _settled(draft: Draft, node: Node, body: str, allowed: set[str | None], source: Source | None) -> str:
     name = node.name or ""
     if name not in draft.nodes or is_foreign(draft.graph, node):
         raise BadSplice(
@@ -477,7 +383,7 @@ def is_foreign(graph: Graph, node: Node) -> bool:
 
 
 def _again(
-    draft: _Draft,
+    draft: Draft,
     host: str,
     where: str,
     first: Mapping[str, Node],

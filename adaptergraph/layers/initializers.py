@@ -17,6 +17,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Any]] = {
     "uniform": lambda t: init.uniform_(t, -0.01, 0.01),
     "normal": lambda t: init.normal_(t, 0.0, 0.01),
     "identity": init.eye_,
+    "near_identity": lambda t: init.eye_(t).masked_fill_(t == 0, 1e-6),
     "lecun_uniform": lambda t: init.kaiming_uniform_(t, nonlinearity="linear"),
     "lecun_normal": lambda t: init.kaiming_normal_(t, nonlinearity="linear"),
     "he_uniform": init.kaiming_uniform_,

@@ -2,5 +2,6 @@
 
 from .base import METHODS
 from .bottleneck import Bottleneck
+from .combine import Fusion, Stack, Sum, Switch
 
-__all__ = ["METHODS", "Bottleneck"]
+__all__ = ["METHODS", "Bottleneck", "Fusion", "Stack", "Sum", "Switch"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .. import layers
 from ..adapter import bottleneck, check_choices
 from ..errors import GraphError, here
 from ..layers.making import check_rate
@@ -22,7 +23,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 class Bottleneck:
     """`x + scale · up(act(down(x)))` after a node, as in Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
 
-    A fresh one is the identity, bit for bit: `up` starts at zero.
+    A fresh one is the identity, bit for bit: `up` starts at zero. With `parallel=True` it stands around a node or
+    container and reads its input: `output + scale · up(act(down(input)))`, He et al. 2022, https://arxiv.org/abs/2110.04366
 
     Args:
         size: features of the bottleneck; 64 if neither this nor `reduction` is given.
@@ -33,6 +35,7 @@ class Bottleneck:
         init: `"zeros"` (up starts at zero) or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero).
         layer_norm: a norm `"before"` down or `"after"` up.
         hidden_size: features of the host; it is known, and a wrong one is an error.
+        parallel: read the host's input instead of its output.
 
     Raises:
         GraphError: an option is unknown or cannot be right; the nearest name is in the message.
@@ -51,8 +54,7 @@ class Bottleneck:
     init: str = "zeros"
     layer_norm: Literal["before", "after"] | None = None
     hidden_size: PositiveInt | None = None
-
-    where: ClassVar[str] = "after"
+    parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.size is None and self.reduction is None:
@@ -63,12 +65,42 @@ class Bottleneck:
         check_rate(self.dropout)
         check_choices(scale=self.scale, init=self.init, residual=True, layer_norm=self.layer_norm)
 
+    @classmethod
+    def houlsby(cls, size: int = 64, **options: Any) -> Bottleneck:
+        """Houlsby et al. 2019: gelu; one after the attention and one after the feed-forward output projection.
+
+        >>> import adaptergraph as ag
+        >>> ag.Bottleneck.houlsby()
+        Bottleneck(64, activation='gelu')
+        """
+        return cls(size, **{"activation": "gelu", **options})
+
+    @classmethod
+    def pfeiffer(cls, reduction: int = 16, **options: Any) -> Bottleneck:
+        """Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247: features / 16, relu; after the feed-forward output.
+
+        >>> import adaptergraph as ag
+        >>> ag.Bottleneck.pfeiffer()
+        Bottleneck(reduction=16)
+        """
+        return cls(reduction=reduction, **options)
+
+    @property
+    def where(self) -> str:
+        """Where it stands: around its host if it reads the host's input."""
+        return "around" if self.parallel else "after"
+
     def apply(self, site: Site) -> Node:
         """The adapted value of the site."""
-        features = (site.output.shape or (None,))[-1]
+        return layers.add([site.output, self.contribution(site)], name="residual")
+
+    def contribution(self, site: Site) -> Node:
+        """What it adds to the site's value."""
+        x = site.input if self.parallel else site.output
+        features, after = ((node.shape or (None,))[-1] for node in (x, site.output))
         reduced = features // self.reduction if self.reduction and isinstance(features, int) else 1
         return bottleneck(
-            site.output,
+            x,
             self.hidden_size,
             self.size or max(1, reduced),
             activation=self.activation,
@@ -76,9 +108,22 @@ class Bottleneck:
             scale=self.scale,
             init=self.init,
             layer_norm=self.layer_norm,
+            residual=False,
+            output_size=after if isinstance(after, int) else None,
         )
 
-    def __repr__(self) -> str:
-        from .base import show
 
-        return show(self)
+def _parallel(cls: Any, size: int = 64, **options: Any) -> Bottleneck:
+    """He et al. 2022, https://arxiv.org/abs/2110.04366: `output + scale · up(act(down(input)))`, their scale of 4.
+
+    Splice it at a sub-layer as a whole, such as `layer.ffn`.
+
+    >>> import adaptergraph as ag
+    >>> ag.Bottleneck.parallel(8)
+    Bottleneck(8, scale=4.0, parallel=True)
+    """
+    return cls(size, **{"scale": 4.0, "parallel": True, **options})
+
+
+# the preset has the name of the option: on the class this, on an instance its value
+Bottleneck.parallel = classmethod(_parallel)  # type: ignore[assignment]

@@ -1,0 +1,111 @@
+"""Which branch of a `Switch` runs: the module behind the method. Floor 4.
+
+A switch keeps its choice itself, in a slot with one value for each thread, and always as the module that is to run:
+for `torch.compile` that is an input like any other, so that equal branches are one compiled program.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraphError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One task for each row of the batch: their names, and their numbers among the tasks of one switch."""
+
+    tasks: tuple[str, ...]
+    numbers: Tensor
+
+
+class Slot(threading.local):
+    """What runs in this thread: a branch, or one for each row. A copy starts empty."""
+
+    branch: nn.Module | None = None
+    rows: Rows | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, ()
+
+
+class Switch(nn.Module):
+    """The branches of one site by task, of which the chosen one runs; made by `graph.compile`.
+
+    Attributes:
+        adaptergraph_path: where it is, for messages.
+        adaptergraph_default: the branch that runs where nothing else is chosen.
+        adaptergraph_slot: what is chosen in each thread.
+    """
+
+    adaptergraph_default: nn.Module | None
+
+    def __init__(self, path: str, branches: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.adaptergraph_path = path
+        self.adaptergraph_slot = Slot()
+        self._modules.update(branches)
+        self.be_default(next(iter(branches)) if len(branches) == 1 else None)
+
+    def be_default(self, task: str | None) -> None:
+        """Lets this task run where nothing else is chosen."""
+        self.__dict__["adaptergraph_default"] = None if task is None else self._modules[task]
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        slot = self.adaptergraph_slot
+        if slot.rows is not None:
+            by_row = self._all if torch.compiler.is_compiling() else self._grouped
+            return by_row(slot.rows, (x, *more))
+        branch = slot.branch if slot.branch is not None else self.adaptergraph_default
+        if branch is None:
+            raise _not_chosen(self)
+        return branch(x, *more)
+
+    def _grouped(self, rows: Rows, given: tuple[Tensor, ...]) -> Tensor:
+        """Each branch on its rows, put back in order."""
+        _check_rows(self, rows, given[0])
+        order, parts = [], []
+        for task in dict.fromkeys(rows.tasks):
+            own = torch.tensor([i for i, name in enumerate(rows.tasks) if name == task], device=given[0].device)
+            order.append(own)
+            parts.append(self._modules[task](*(x.index_select(0, own) for x in given)))  # type: ignore[misc]
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+
+    def _all(self, rows: Rows, given: tuple[Tensor, ...]) -> Tensor:
+        """Every branch on all rows, and each row keeps its own: a compiled program does not depend on who is where."""
+        x = given[0]
+        _check_rows(self, rows, x)
+        numbers = rows.numbers.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
+        out = x
+        for number, branch in enumerate(self._modules.values()):
+            out = torch.where(numbers == number, branch(*given), out)  # type: ignore[misc]
+        return out
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return "tasks: " + ", ".join(self._modules)
+
+
+def _check_rows(switch: Switch, rows: Rows, x: Tensor) -> None:
+    if x.shape[0] != rows.numbers.shape[0]:
+        path = switch.adaptergraph_path
+        raise GraphError(
+            f"{rows.numbers.shape[0]} tasks were given for {x.shape[0]} rows at {path!r}",
+            node=path,
+            hint="give one task, or one for each row of the batch",
+        )
+
+
+def _not_chosen(switch: Switch) -> GraphError:
+    return GraphError(
+        f"no task is chosen at {switch.adaptergraph_path!r}",
+        node=switch.adaptergraph_path,
+        sides=[("tasks", ", ".join(switch._modules))],
+        hint='model(…, task="…"), or with ag.task(model, "…"), or ag.set_task(model, "…")',
+    )

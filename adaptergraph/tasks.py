@@ -1,0 +1,236 @@
+"""Which task a model runs: per call, per thread, or as its default. Floor 4."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import GraphError, here, suggestion
+from .graph import Graph
+from .hosted import host, plan_of
+from .sites import attachment, graph_of
+from .switch import Rows, Switch
+
+# ---------------------------------------------------------------------- choosing
+
+
+def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[None]:
+    """In this `with` block and thread, the model runs this task, or one task for each row of the batch.
+
+    It changes what runs, not what is trained, and goes before `set_task`. The backward of a model that computes parts
+    of its forward again (checkpointing) belongs into the block.
+
+    Args:
+        model: a compiled model with a `Switch`.
+        task: the name of a task, or a list of names as long as the batch.
+
+    Raises:
+        GraphError: the model has no `Switch`, or no such task; its tasks are listed.
+
+    >>> import adaptergraph as ag, torch
+    >>> x = ag.input("x", shape=("batch", 8))
+    >>> switch = ag.Switch({"a": ag.Bottleneck(2), "b": ag.Bottleneck(2)})
+    >>> model = ag.Graph(ag.dense(x, 8, name="fc")).splice("fc", switch).compile()
+    >>> with ag.task(model, ["a", "b", "a"]):
+    ...     model(torch.ones(3, 8)).shape
+    torch.Size([3, 8])
+    """
+    return _chosen(model, task)
+
+
+def _chosen(model: nn.Module, task: Any) -> AbstractContextManager[None]:
+    return _Chosen([(s, _choice(s, task)) for s in _switches(model)])
+
+
+class _Chosen(AbstractContextManager[None]):
+    """Fills the slots of switches, and gives them back what they held."""
+
+    def __init__(self, choices: list[tuple[Switch, nn.Module | Rows]]) -> None:
+        self.choices = choices
+        self.before: list[list[tuple[nn.Module | None, Rows | None]]] = []
+
+    def __enter__(self) -> None:
+        slots = [switch.adaptergraph_slot for switch, _ in self.choices]
+        self.before.append([(slot.branch, slot.rows) for slot in slots])
+        for slot, (_, choice) in zip(slots, self.choices, strict=True):
+            slot.branch, slot.rows = (None, choice) if isinstance(choice, Rows) else (choice, None)
+
+    def __exit__(self, *_: object) -> None:
+        for (switch, _choice), (branch, rows) in zip(self.choices, self.before.pop(), strict=True):
+            switch.adaptergraph_slot.branch, switch.adaptergraph_slot.rows = branch, rows
+
+
+def set_task(model: nn.Module, task: str | None) -> nn.Module:
+    """Lets the model run this task by default, and train only this one; the others get no gradient and no step.
+
+    Of the parameters of all branches exactly those of this task are trained which the graph says are trained; the
+    gradients of the others are dropped, so that no optimizer moves them. None takes the default away: every branch is
+    trained again.
+
+    Returns:
+        The model.
+
+    Raises:
+        GraphError: the model has no `Switch`, or no such task; its tasks are listed.
+
+    >>> import adaptergraph as ag
+    >>> x = ag.input("x", shape=("batch", 8))
+    >>> switch = ag.Switch({"a": ag.Bottleneck(2), "b": ag.Bottleneck(2)})
+    >>> model = ag.Graph(ag.dense(x, 8, name="fc")).freeze().splice("fc", switch).compile()
+    >>> [n for n, p in ag.set_task(model, "b").named_parameters() if p.requires_grad][:2]
+    ['fc.adapter.b.down.weight', 'fc.adapter.b.down.bias']
+    """
+    switches = _switches(model)
+    if task is not None and not isinstance(task, str):
+        raise GraphError(f"set_task takes the name of one task, not {task!r}", source=here())
+    for switch in switches:
+        if task is not None:
+            _choice(switch, task)
+    trained = graph_of(model).trained
+    for switch in switches:
+        switch.be_default(task)
+        for name, parameter in switch.named_parameters():
+            wanted = task is None or name.startswith(task + ".")
+            parameter.requires_grad_(wanted and trained[f"{switch.adaptergraph_path}.{name}"])
+            if not parameter.requires_grad:
+                parameter.grad = None
+    return model
+
+
+def _switches(model: nn.Module) -> list[Switch]:
+    found = [m for m in model.modules() if isinstance(m, Switch)]
+    if not found:
+        raise GraphError(
+            f"this {type(model).__name__} has no Switch, so there is no task to choose",
+            source=here(),
+            hint='graph.splice(at, ag.Switch({"a": …, "b": …}))',
+        )
+    return found
+
+
+def _choice(switch: Switch, task: Any) -> nn.Module | Rows:
+    """What a choice means for one switch."""
+    if isinstance(task, str):
+        return _branch(switch, task)
+    if not isinstance(task, list | tuple) or not task or not all(isinstance(t, str) for t in task):
+        raise GraphError(f"a task is a name, or a list with one name for each row, not {task!r}", source=here())
+    for name in dict.fromkeys(task):
+        _branch(switch, name)
+    names = list(switch._modules)
+    return Rows(tuple(task), torch.tensor([names.index(t) for t in task]))
+
+
+def _branch(switch: Switch, task: str) -> nn.Module:
+    branch = switch._modules.get(task)
+    if branch is None:
+        raise GraphError(
+            f"there is no task {task!r} at {switch.adaptergraph_path!r}",
+            node=switch.adaptergraph_path,
+            sides=[("tasks", ", ".join(switch._modules))],
+            source=here(),
+            hint=suggestion(task, switch._modules),
+        )
+    return branch
+
+
+# ---------------------------------------------------------------------- the root of a model
+
+
+class Tasked:
+    """What the root of a model with a `Switch` can do beside its own class: `model(…, task="a")` and these."""
+
+    def task(self: Any, task: str | Sequence[str]) -> AbstractContextManager[None]:
+        """See `ag.task`."""
+        return _chosen(self, task)
+
+    def set_task(self: Any, task: str | None) -> nn.Module:
+        """See `ag.set_task`."""
+        return set_task(self, task)
+
+
+class Refused:
+    """The same for a root that uses these words itself."""
+
+    def task(self: Any, task: Any = None) -> Any:
+        """Refused: see `ag.task`."""
+        raise _own_words(self, "task")
+
+    def set_task(self: Any, task: Any = None) -> Any:
+        """Refused: see `ag.set_task`."""
+        raise _own_words(self, "set_task")
+
+
+def _own_words(model: nn.Module, word: str) -> GraphError:
+    return GraphError(
+        f"this {type(model).__name__} has an argument or attribute 'task' or 'set_task' of its own",
+        source=here(),
+        hint=f"ag.{word}(model, …) does the same",
+    )
+
+
+def give_tasks(model: nn.Module) -> None:
+    """Lets the root of a model with a `Switch` take `task=`, unless it uses the word itself."""
+    own = "task" in inspect.signature(model.forward).parameters or any(hasattr(model, w) for w in ("task", "set_task"))
+    record = attachment(model)
+    if record is not None and plan_of(model) is None:
+        record.hosts.append("")
+    plan = host(model, Refused if own else Tasked)
+    plan.around = None if own else task_argument
+
+
+def task_argument(model: nn.Module, given: dict[str, Any]) -> AbstractContextManager[None]:
+    """Takes `task=` from the arguments of a call of the model."""
+    chosen = given.pop("task", None)
+    return nullcontext() if chosen is None else _chosen(model, chosen)
+
+
+# ---------------------------------------------------------------------- graphs
+
+
+def has_switch(graph: Graph) -> bool:
+    """Whether a task can be chosen."""
+    return any(node.op == "switch" for node in graph.nodes())
+
+
+def only_task(graph: Graph, task: str) -> Graph:
+    """The graph whose switches have this task only; what is left keeps its name.
+
+    Raises:
+        GraphError: there is no `Switch`, or one without this task.
+    """
+    switches = {n: node for n, node in graph._nodes.items() if node.op == "switch"}
+    if not switches:
+        raise GraphError("the graph has no Switch, so there is no task to compile", source=here())
+    gone: set[str] = set()
+    changed = {}
+    for name, node in switches.items():
+        tasks = node.options["tasks"]
+        if task not in tasks:
+            raise GraphError(
+                f"there is no task {task!r} at {node.body!r}",
+                node=node.body,
+                sides=[("tasks", ", ".join(tasks))],
+                source=here(),
+                hint=suggestion(task, tasks),
+            )
+        below = tuple(f"{node.body}.{t}." for t in tasks if t != task)
+        gone |= {n for n, other in graph._nodes.items() if other.body == node.body and n.startswith(below)}
+        x, branch = node.inputs[0], node.inputs[1 + tasks.index(task)]
+        changed[name] = replace(node, inputs=(x, branch), options={"tasks": (task,)})
+    nodes = {n: changed.get(n, node) for n, node in graph._nodes.items() if n not in gone}
+    bodies = {node.body for node in switches.values()}
+    splices = [
+        replace(s, method=type(s.method)({task: s.method.branches[task]}))
+        if any(f"{host}.{s.name}" in bodies for host in s.hosts) and hasattr(s.method, "branches")
+        else s
+        for s in graph.splices
+    ]
+    lost = {p for n in gone for p in graph._nodes[n].param_names()}
+    overrides = {p: t for p, t in graph._overrides.items() if p not in lost}
+    return graph._with(nodes=nodes, splices=tuple(splices), overrides=overrides)
