@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import os
 import re
 import subprocess
@@ -234,7 +235,10 @@ def test_words_of_the_model_cannot_break_the_text(tmp_path):
     for graph in (ag.Graph(ag.dense(x, 2)), ag.trace(evil(), torch.ones(1, 4))):
         ElementTree.parse(graph.draw(tmp_path / "evil.svg"))
         assert max(map(len, str(graph.summary()).splitlines())) <= 100
-        for line in graph.mermaid().splitlines():
+        front, title, _, *lines = graph.mermaid().splitlines()
+        assert front == "---"
+        assert json.loads(title.removeprefix("title: "))
+        for line in lines:
             assert "<b>" not in line
             assert line.count('"') % 2 == 0
         assert "<b>" not in re.sub(r'"(?:[^"\\]|\\.)*"', "", graph.dot())
@@ -262,6 +266,15 @@ def test_mermaid_has_a_class_for_each_box_and_orange_links(bert):
     orange = re.search(r"linkStyle ([\d,]+) stroke:#FF8A1F", text)
     assert orange is not None
     assert all(int(i) < len(links) for i in orange[1].split(","))
+
+
+def test_the_page_about_pictures_shows_what_is_printed():
+    page = (Path(__file__).parent.parent / "docs" / "pictures.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"```(\w+)\n(.*?)\n```", page, re.DOTALL))
+    names: dict[str, ag.Graph] = {}
+    exec(found["python"].replace("print(graph.summary())", ""), {}, names)
+    assert found["text"] == str(names["graph"].summary())
+    assert found["mermaid"] + "\n" == names["graph"].mermaid()
 
 
 # ---------------------------------------------------------------------- files

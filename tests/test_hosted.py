@@ -175,7 +175,7 @@ def test_the_fused_path_of_an_encoder_skips_no_body(traced, at, padded, grad):
     hand, _ = byhand.modified(case, model)
     (x,), _ = case.args()
     mask = PADDED if padded else None
-    counts = byhand.count_calls(model)
+    # nothing here may hook the model: that alone turns the fused path off
     with torch.set_grad_enabled(grad):
         out = model(x, src_key_padding_mask=mask)
         torch.backends.mha.set_fastpath_enabled(False)
@@ -183,7 +183,6 @@ def test_the_fused_path_of_an_encoder_skips_no_body(traced, at, padded, grad):
             expected = hand(x, src_key_padding_mask=mask)
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    assert all(count == [1, 1] for count in counts.values())
     shown = ~mask if padded else torch.ones(2, 5, dtype=torch.bool)
     assert torch.allclose(out[shown], expected[shown], atol=1e-5)
     if grad:
@@ -245,3 +244,14 @@ def test_the_copy_has_the_hosts_keys_and_the_bodies_own(traced, name):
             type(module).__qualname__,
             type(module).__module__,
         )
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_bodies_start_in_the_mode_of_their_host(mode):
+    model = CASES["sequential"].model().train(mode)
+    model[2].train(not mode)
+    graph = ag.trace(model, torch.ones(1, 8)).splice(["0", "2.down"], ag.Bottleneck(4, dropout=0.5))
+    adapted = graph.compile()
+    assert {m.training for m in adapted[0].modules()} == {mode}
+    assert {m.training for m in adapted[2].modules()} == {not mode}
+    assert {m.training for m in adapted.train().modules()} == {True}

@@ -39,12 +39,12 @@ class Table:
      declared graph + adapter
      ...
        node      op           out shape  params
-     ──────────────────────────────────────────────────
+     ───────────────────────────────────────────────────
        x         input        batch×8         –
        fc        dense 8 → 8  batch×8        72  frozen
      + adapter   8 → 2 → 8    batch×8        42  trained
        output    output       batch×8         –
-     ──────────────────────────────────────────────────
+     ───────────────────────────────────────────────────
      6 nodes, 4 shown · graph.summary(fold=False) shows all
     """
 
@@ -120,9 +120,9 @@ def _row(box: Box, around: str) -> _Line:
 
 
 def _what(box: Box) -> str:
-    """The op, with its widths if there is room."""
+    """The op, with its sizes if there is room."""
     if "→" not in box.detail:
-        return box.op
+        return box.detail if box.detail.startswith(box.op) else box.op
     both = f"{box.op} {box.detail}"
     return box.detail if (box.added and box.op == "body") or len(both) > _LIMITS[0] else both
 
@@ -152,7 +152,7 @@ def shortened(text: str, width: int) -> str:
     """The text, without its middle if it is too long.
 
     >>> shortened("encoder.layer.0.attention", 15)
-    'encoder…ttention'
+    'encoder…tention'
     """
     if len(text) <= width:
         return text

@@ -298,7 +298,8 @@ def multiply(x: Sequence[Node], *more: Node, name: str | None = None) -> Node:
 @spelt
 def concatenate(x: Sequence[Node], *more: Node, dim: int = -1, name: str | None = None) -> Node:
     """Nodes side by side along `dim`."""
-    return make("concatenate", several(x, more, "concatenate"), name, {"dim": check_axis(dim, name)})
+    inputs = several(x, more, "concatenate")
+    return make("concatenate", inputs, name, {"dim": check_axis(dim, inputs[0], name)})
 
 
 @spelt
@@ -339,7 +340,7 @@ def transpose(x: Node, dims: Sequence[int] | None = None, *, name: str | None = 
     if dims is None:
         order = (0, *range(len(x.shape or ()) - 1, 0, -1))
     elif isinstance(dims, Sequence) and not isinstance(dims, str):
-        order = tuple(check_axis(d, name) for d in dims)
+        order = tuple(check_axis(d, x, name) for d in dims)
     else:
         raise GraphError(f"transpose takes a tuple of dimensions, not {dims!r}", node=name, source=here())
     return make("transpose", [x], name, {"dims": order})

@@ -66,7 +66,7 @@ def activated(activation: Any, x: Node, name: str | None, **options: Any) -> Nod
     if activation in ("softmax", "log_softmax"):
         options.setdefault("dim", -1)
     if "dim" in options:
-        check_axis(options["dim"], name)
+        check_axis(options["dim"], x, name)
     return make(activation, [x], name, options)
 
 
@@ -128,10 +128,18 @@ def several(x: Any, more: Sequence[Any], op: str) -> list[Any]:
     return inputs
 
 
-def check_axis(value: Any, name: str | None) -> int:
-    """The number of a dimension."""
+def check_axis(value: Any, x: Any, name: str | None) -> int:
+    """The number of a dimension of x."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise GraphError(f"a dimension is a whole number, not {value!r}", node=name, source=here())
+    shape = x.shape if isinstance(x, Node) else None
+    if shape is not None and not -len(shape) <= value < len(shape):
+        raise ShapeMismatch(
+            f"{x.name or x.op!r} has no dimension {value}",
+            node=name,
+            sides=[("reads", x.name or x.op, format_shape(shape))],
+            source=here(),
+        )
     return value
 
 

@@ -8,7 +8,7 @@ graph, or a chain of edges through what vanished.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -249,14 +249,14 @@ class Boxes:
 
     def shape_of(self, draft: Draft) -> Shape | None:
         """The shape of the value that leaves a box."""
-        calls: Mapping[str, Node] = self.graph._nodes
+        table = self.graph._nodes
         imported = self.graph.imported
         if imported is not None and draft.item.path == draft.name and draft.name in imported.modules:
             outputs = [c.output for c in imported.modules[draft.name].calls if c.output]
             if outputs:
-                return calls[outputs[0]].shape
-        nodes = [n for n in draft.nodes if calls[n].op != "output"]
-        return calls[nodes[-1]].shape if nodes else None
+                return table[outputs[0]].shape
+        nodes = [n for n in draft.nodes if table[n].op != "output"]
+        return table[nodes[-1]].shape if nodes else None
 
     def widths_of(self, name: str) -> tuple[int, int] | None:
         """The sizes before and after a layer that is a matrix or a convolution."""

@@ -129,7 +129,9 @@ class _Folded:
                 inside.append(draft)
         unlike = set()
         for run in runs:
-            looks = [[(d.kind, len(d.nodes), d.sums) for d in self.members.get((run, i), ())] for i in _range(run)]
+            looks = [
+                [(d.kind, len(d.nodes), d.sums) for d in self.members.get((run, i), ())] for i in range(len(run.units))
+            ]
             if not looks[0] or any(look != looks[0] for look in looks):
                 unlike.add(run)
         for draft, around in self.places.items():
@@ -251,7 +253,3 @@ class _Folded:
             boxes.append(box)
             links.append(Link(made[draft].name, box.name, "plain", draft.item.body))
         return boxes, links
-
-
-def _range(run: Run) -> range:
-    return range(len(run.units))
