@@ -21,8 +21,7 @@ import adaptergraph as ag
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-HERE = Path(__file__).parent
-OUT = Path("out")
+HERE, OUT = Path(__file__).parent, Path("out")
 
 
 def read(path):
@@ -53,11 +52,15 @@ def predictions(model, data):
         return model(**{k: v for k, v in data.items() if k != "labels"}).logits.argmax(-1)
 
 
-def load_in_new_process(folder, data_file, labels, test):
+def accuracy(model, data):
+    return (predictions(model, data) == data["labels"]).float().mean()
+
+
+def load_in_new_process(folder, data_file):
     """What another machine would do: a fresh base, and the adapter from its folder."""
     code = [sys.executable, __file__, "--predict", str(folder), *(["--data", data_file] if data_file else [])]
-    answer = subprocess.run(code, capture_output=True, text=True, check=True)
-    return torch.tensor([int(word) for word in answer.stdout.split()])
+    answer = subprocess.check_output(code, text=True)
+    return torch.tensor([int(word) for word in answer.split()])
 
 
 def main():
@@ -76,8 +79,7 @@ def main():
     train, test = samples(train_rows, labels, tokenizer), samples(test_rows, labels, tokenizer)
 
     if args.predict:
-        print(*predictions(ag.load(fresh_base(labels), args.predict), test).tolist())
-        return
+        return print(*predictions(ag.load(fresh_base(labels), args.predict), test).tolist())
 
     # 1. see the model: run once on fake tensors, every module a named, frozen node
     base = fresh_base(labels)
@@ -95,19 +97,16 @@ def main():
     # 4. compile and train: the base itself is never touched, all models share its frozen weights
     print(f"\n{len(train_rows)} sentences to train on, {len(test_rows)} held out, {len(labels)} labels")
     adapted, baseline = graph.compile(), head_only.compile()
-    before = (predictions(adapted, test) == test["labels"]).float().mean()
+    before = accuracy(adapted, test)
     for name, model in (("head only", baseline), ("adapters", adapted)):
         print(f"\ntraining: {name}")
         ag.fit(model, train, epochs=args.epochs, batch_size=16, lr=2e-3, evaluate=test, seed=0)
-    after = {
-        n: (predictions(m, test) == test["labels"]).float().mean()
-        for n, m in (("head only", baseline), ("adapters", adapted))
-    }
-    print(f"\naccuracy   before {before:.1%}   head only {after['head only']:.1%}   adapters {after['adapters']:.1%}")
+    head, ours = accuracy(baseline, test), accuracy(adapted, test)
+    print(f"\naccuracy   before {before:.1%}   head only {head:.1%}   adapters {ours:.1%}")
 
     # 5. save what was trained, and load it in a new process onto a fresh base
     folder = ag.save(adapted, OUT / "quickstart-adapter")
-    same = torch.equal(load_in_new_process(folder, args.data, labels, test), predictions(adapted, test))
+    same = torch.equal(load_in_new_process(folder, args.data), predictions(adapted, test))
     print(f"loaded in a new process onto a fresh base: predictions are {'identical' if same else 'DIFFERENT'}")
 
     size = sum(f.stat().st_size for f in folder.iterdir())

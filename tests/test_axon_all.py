@@ -163,5 +163,5 @@ def test_every_case_is_equal_or_a_deviation(pytestconfig):
 
 
 def test_every_deviation_is_in_the_docs():
-    text = (Path(__file__).parent.parent / "docs" / "axon_layers.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "axon.md").read_text()
     assert [n for n in DEVIATIONS if f"`{n}`" not in text] == []
