@@ -88,7 +88,8 @@ GRAPHS = {op: ag.Graph(node) for op, node in made().items()}
 
 
 def test_every_op_is_here():
-    assert set(GRAPHS) == set(OPS)
+    # what bodies of several adapters are made of goes to files with its method: test_combine.py
+    assert set(GRAPHS) == set(OPS) - {"stack", "scores", "mix", "switch"}
 
 
 @pytest.mark.parametrize("op", sorted(GRAPHS))

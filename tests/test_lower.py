@@ -161,6 +161,10 @@ def test_state_is_loaded_by_name():
     state = {n: torch.full_like(p, i) for i, (n, p) in enumerate(values(graph).items())}
     model = graph.compile(state=state)
     assert all(torch.equal(p, state[n]) for n, p in model.named_parameters())
+    with pytest.raises(ag.StateMismatch, match="is missing   it is frozen: training would not mend it"):
+        graph.compile(state={"gain": torch.full((8,), 7.0)})
+    hosts = [n for n in graph.params if n not in graph.body_params]
+    graph = graph.unfreeze(hosts)
     part = graph.compile(state={"gain": torch.full((8,), 7.0)})
     assert torch.equal(part.gain, torch.full((8,), 7.0))
     assert torch.equal(part.enc.fc.weight, values(graph)["enc.fc.weight"])

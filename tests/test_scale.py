@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import pytest
 
 import adaptergraph as ag
+import adaptergraph.draft
 import adaptergraph.lower
 import adaptergraph.node
-import adaptergraph.surgery
 
 
 def chain(count):
@@ -55,9 +55,9 @@ VISITS = [
     (adaptergraph.node.Node, "param_names", lambda g: g.freeze().trained),
     (adaptergraph.lower, "_made", lambda g: g.compile(device="meta")),
     (adaptergraph.lower, "_call", lambda g: g.compile(device="meta")),
-    (adaptergraph.surgery._Draft, "repoint", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
-    (adaptergraph.surgery._Draft, "add", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
-    (adaptergraph.surgery, "replace", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.draft.Draft, "repoint", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.draft.Draft, "add", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.draft, "replace", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
     (adaptergraph.node.Node, "same", lambda g: g.splice("fc.*", ag.Bottleneck(2)).unsplice() == g),
 ]
 
@@ -82,7 +82,7 @@ def test_visits_grow_with_the_nodes(owner, name, verb, monkeypatch):
 
 def test_a_chain_of_bodies_at_one_host_is_linear(monkeypatch):
     calls = Counter()
-    original = adaptergraph.surgery.replace
+    original = adaptergraph.draft.replace
 
     def counted(*args, **kwargs):
         calls[size] += 1
@@ -93,6 +93,6 @@ def test_a_chain_of_bodies_at_one_host_is_linear(monkeypatch):
         for i in range(size // 10):
             graph = graph.splice("fc.0", ag.Bottleneck(2), name=f"a{i}")
         with monkeypatch.context() as patched:
-            patched.setattr(adaptergraph.surgery, "replace", counted)
+            patched.setattr(adaptergraph.draft, "replace", counted)
             graph.splice("fc.0", ag.Bottleneck(2), name="last")
     assert calls[100] <= calls[10] + 12

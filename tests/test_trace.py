@@ -20,9 +20,20 @@ EACH = pytest.mark.parametrize("name", CASES)
 
 
 def fakes():
-    """Fake tensors that are alive in this process."""
+    """Fake tensors that are alive in this process and were not when the test began (compiling keeps some)."""
     gc.collect()
-    return [o for o in gc.get_objects() if isinstance(o, FakeTensor)]
+    return [o for o in gc.get_objects() if isinstance(o, FakeTensor) and id(o) not in BEFORE]
+
+
+BEFORE = {}
+
+
+@pytest.fixture(autouse=True)
+def what_there_was():
+    BEFORE.clear()
+    BEFORE.update({id(o): o for o in fakes()})
+    yield
+    BEFORE.clear()
 
 
 def equal(one, other):
