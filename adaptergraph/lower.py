@@ -19,7 +19,7 @@ from .collect import sizes_of_optional
 from .draft import map_outputs
 from .errors import GraphError, ShapeMismatch
 from .graph import Graph
-from .hosted import add_child, keep_frozen_statistics
+from .hosted import add_child, keep_frozen_statistics, refuse_host
 from .layers.initializers import initialise
 from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
@@ -244,7 +244,7 @@ def lower(
     nodes = {node.path: node for node in graph.nodes() if node.op != "input" and node.body not in inside}
     # on the CPU wherever they go: the starting values are the same on every device
     meta = device is not None and torch.device(device).type == "meta"
-    made: set[str] = set()
+    made: dict[str, Node | None] = {}
     with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         # short paths first: `a` before `a.adapter.down`
         for path, node in sorted(nodes.items(), key=lambda item: item[0].count(".")):
@@ -317,28 +317,32 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _place(root: nn.Module, path: str, value: Any, node: Node, made: set[str]) -> None:
-    """Puts a node's tensors where its name says; `made` are the modules that were made for names."""
+def _place(root: nn.Module, path: str, value: Any, node: Node, made: dict[str, Node | None]) -> None:
+    """Puts a node's tensors where its name says.
+
+    Args:
+        made: the modules so far by path: the node they are of, or None for one that was made for a name.
+    """
     *parents, last = path.split(".")
     owner, at = root, ""
     for part in parents:
-        at = f"{at}.{part}" if at else part
+        before, at = at, f"{at}.{part}" if at else part
         if at not in made:
-            _refuse_attribute(owner, part, node)
+            _refuse_child(owner, part, node, made.get(before))
             add_child(owner, part, nn.Module())
-            made.add(at)
+            made[at] = None
         owner = owner._modules[part]  # type: ignore[assignment]
-    _refuse_attribute(owner, last, node)
+    _refuse_child(owner, last, node, made.get(at))
     if isinstance(value, nn.Parameter):
         owner.register_parameter(last, value)
     elif isinstance(value, Tensor):
         owner.register_buffer(last, value, persistent=False)
     else:
         add_child(owner, last, value)
-        made.add(path)
+        made[path] = node
 
 
-def _refuse_attribute(owner: nn.Module, part: str, node: Node) -> None:
+def _refuse_child(owner: nn.Module, part: str, node: Node, parent: Node | None) -> None:
     if hasattr(owner, part):
         raise GraphError(
             f"node {node.name!r} cannot be below a {type(owner).__name__}, which has {part!r} already",
@@ -346,6 +350,8 @@ def _refuse_attribute(owner: nn.Module, part: str, node: Node) -> None:
             source=node.source,
             hint=f"call it something else than {part!r}",
         )
+    if parent is not None and parent.op == "module":
+        refuse_host(owner, parent.name or "")
 
 
 def _outside(graph: Graph, body: str) -> list[str]:

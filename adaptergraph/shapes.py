@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 
 from .errors import ShapeMismatch, Source
@@ -191,6 +191,8 @@ def _refused(
         sizes = _stand_ins(values, primes)
         names.update({s: k if isinstance(k, str) else "?" for k, s in sizes.items() if s not in sizes})
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        first = "it looks at values, which are not known before the graph runs"
     text = re.sub(r"\d+", lambda m: names.get(int(m[0]), m[0]), first)
     shown = [(k, repr(v)) for k, v in options.items() if isinstance(v, str | int | float | tuple)]
     return ShapeMismatch(

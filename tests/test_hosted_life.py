@@ -578,3 +578,33 @@ def test_saving_and_loading_with_the_hosts_own_class(traced, tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     back.load_state_dict(saved)
     same(run(back.eval(), case), run(model, case))
+
+
+@pytest.mark.parametrize("name", ["bert", "sequential"])
+def test_sharding_the_very_layers_that_have_bodies(traced, name):
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    case, model = everywhere(traced, name)
+    # over the storage of the traced model, which must stay what it is
+    _, sharded = everywhere(traced, name)
+    model.train()
+    sharded.train()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in list(sharded.bert.encoder.layer) if name == "bert" else [sharded[1], sharded[2]]:
+            fully_shard(layer)
+        fully_shard(sharded)
+        outputs = []
+        for one in (model, sharded):
+            torch.manual_seed(3)
+            outputs.append(run(one, case))
+            loss(outputs[-1]).backward()
+        same(*outputs)
+        expected = gradients(model)
+        assert gradients(sharded).keys() == expected.keys()
+        assert all(torch.equal(g.full_tensor(), expected[n]) for n, g in gradients(sharded).items())
+        with pytest.raises(ag.GraphError, match="was changed after the bodies were attached"):
+            ag.detach(sharded)
+    finally:
+        distributed.destroy_process_group()

@@ -301,6 +301,37 @@ def test_a_body_cannot_take_the_place_of_what_a_module_has(name):
     graph.splice("m", ag.Bottleneck(2), name="mine").compile()
 
 
+class Walk(nn.Module):
+    """Runs whatever children it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+
+    def forward(self, t):
+        for child in self.children():
+            t = child(t)
+        return t
+
+
+def test_a_module_that_runs_all_its_children_is_no_place_for_a_body():
+    graph = ag.Graph(ag.module(x(), Walk(), name="walk"))
+    assert torch.equal(graph.compile()(randn()), graph.compile().walk.one(randn()))
+    with pytest.raises(ag.BadSplice, match=r"'walk' \(Walk\) runs whatever children it has"):
+        graph.splice("walk", ag.Bottleneck(2)).compile()
+
+
+def test_a_compiled_graph_can_be_a_module_of_another():
+    inner = Adapter.build(8, 2, name="deep").compile()
+    graph = ag.Graph(ag.module(x(), inner, name="m")).freeze().splice("m", ag.Bottleneck(2))
+    model = randomised(graph.compile())
+    h = model.m(randn())
+    assert not torch.equal(h, randn())
+    body = model.m.adapter
+    torch.testing.assert_close(model(randn()), h + body.up(body.down(h).relu()))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(randn()), model(randn()))
+
+
 def test_tensors_cannot_take_the_place_of_what_a_module_has():
     h = ag.dense(x(), 8, name="fc")
     for node in (h * ag.param("fc.in_features", (8,)), h * ag.constant(1.0, name="fc.out_features")):

@@ -5,6 +5,7 @@ The first argument is the input node (or nodes), options are keyword-only after 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -390,4 +391,5 @@ def layer(fn: Callable[..., torch.Tensor], inputs: Sequence[Node], *, name: str 
                 source=here(),
                 hint="a tensor is one of the inputs: ag.constant(…), or ag.param(…) for one that is trained",
             )
-    return make("layer", listed(inputs, "layer"), name, {"fn": fn, **({"options": options} if options else {})})
+    own = {"options": copy.deepcopy(options)} if options else {}
+    return make("layer", listed(inputs, "layer"), name, {"fn": fn, **own})
