@@ -66,7 +66,7 @@ def load_in_new_process(folder, data_file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="your own labelled sentences: label<TAB>text")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--predict", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
