@@ -307,7 +307,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     """
     forward = type(module).forward
     signature = inspect.signature(forward)
-    source = _Source(inspect.unwrap(forward))
+    source = _Source(module, inspect.unwrap(forward))
     kinds = {p.name: p.kind for p in list(signature.parameters.values())[1:]}
     if inspect.Parameter.VAR_POSITIONAL in kinds.values():
         raise Unlowered("it takes any number of arguments by position")
@@ -323,23 +323,33 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     was = module.training
     graphs = {}
     try:
-        for mode in (False, True):
+        for mode in (False, True) if source.trains else (False,):
             module.training = mode
             graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
     finally:
         module.training = was
-    return Program(positional, parameters, rest is not None, graphs)
+    return Program(positional, parameters, rest is not None, {True: graphs[False], **graphs})
 
 
 class _Source:
-    """What can be read off the text of a forward."""
+    """What can be read off the text of a forward.
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    Attributes:
+        asked: names that it compares with None.
+        trains: whether it may look at the mode, itself or in another method.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
         except (OSError, TypeError, SyntaxError):
             raise Unlowered("its source is not there to be read") from None
         self.asked: set[str] = set()
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in ("self", "super")]
+        own = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        read = [n.attr for n in own if n.value.id == "self"]  # type: ignore[attr-defined]
+        methods = any(inspect.isroutine(getattr(type(module), name, None)) for name in read)
+        self.trains = "training" in read or methods or len(names) != len(read)
         for node in ast.walk(tree):
             if isinstance(node, ast.With):
                 raise Unlowered("it runs a part of itself in a `with` block")
