@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bodies import Body, Splice
+from .errors import UnknownNode, here
 from .names import path_of
 from .node import EMPTY, Node, Param
 from .select import Selection, Selector, no_match, select
@@ -107,9 +108,13 @@ class Graph(Verbs):
     # ------------------------------------------------------------------ reading
 
     def __getitem__(self, name: str) -> Node:
-        if name in self._nodes:
-            return replace(self._nodes[name], graph=self)
-        raise no_match(str(name), self.selectable)
+        if name not in self._nodes:
+            # a module or container means its output, of several calls the first one's
+            values = self.calls_of(str(name))
+            if not values:
+                raise UnknownNode(f"{name!r} is never called: it has no output", node=name, source=here())
+            name = values[0]
+        return replace(self._nodes[name], graph=self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._nodes

@@ -779,6 +779,12 @@ SPLICES = [
         ANY,
     ),
     (
+        lambda: traced()["idle"],
+        U,
+        "'idle' is never called: it has no output",
+        None,
+    ),
+    (
         lambda: traced().splice("arg", ag.Bottleneck(2)),
         B,
         "'arg' (ArgMax) returns no float tensor: a body has nothing to work on",
