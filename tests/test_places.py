@@ -1,0 +1,300 @@
+"""`ag.places` on every architecture of the matrix: it finds what the source of transformers and torch names."""
+
+import functools
+import itertools
+import re
+
+import pytest
+from architectures import ARCHITECTURES
+from torch import nn
+
+import adaptergraph as ag
+from adaptergraph.places import PRESETS
+
+
+@functools.cache
+def traced(name):
+    architecture = ARCHITECTURES[name]
+    model = architecture.model()
+    args, kwargs = architecture.args()
+    return model, ag.trace(model, *args, **kwargs)
+
+
+def names(*templates):
+    """`h.#.{a,b}` are four names: `#` is 0 or 1."""
+    found = set()
+    for template in templates:
+        choices = [("0", "1") if c == "#" else c[1:-1].split(",") for c in re.findall(r"#|\{[^}]*\}", template)]
+        blank = re.sub(r"#|\{[^}]*\}", "\0", template)
+        for choice in itertools.product(*choices):
+            rest = iter(choice)
+            found.add(re.sub("\0", lambda _, rest=rest: next(rest), blank))
+    return found
+
+
+# Written from the source: the last projections of attention, those of feed-forward layers, those of queries and values,
+# and what gives the outputs of the model. None: there is no such module.
+LAYER = "encoder.layer.#."
+
+
+def bert_like(prefix, head, self="attention.self.", qv="{query,value}"):
+    at = prefix + LAYER
+    return at + "attention.output.dense", at + "output.dense", at + self + qv, head
+
+
+def llama_like(ffn="mlp.down_proj"):
+    at = "model.layers.#."
+    return at + "self_attn.o_proj", at + ffn, at + "self_attn.{q_proj,v_proj}", "lm_head"
+
+
+def vit_like(at, head, ffn="mlp.fc2"):
+    return at + "attention.o_proj", at + ffn, at + "attention.{q_proj,v_proj}", head
+
+
+def clip_like(at, ffn="mlp.fc2"):
+    return at + "self_attn.out_proj", at + ffn, at + "self_attn.{q_proj,v_proj}"
+
+
+def swin(part):
+    return f"swin.encoder.layers.0.blocks.#.{part}", f"swin.encoder.layers.1.blocks.0.{part}"
+
+
+T5 = (
+    ("{encoder,decoder}.block.#.layer.0.SelfAttention.o", "decoder.block.#.layer.1.EncDecAttention.o"),
+    ("encoder.block.#.layer.1.DenseReluDense.wo", "decoder.block.#.layer.2.DenseReluDense.wo"),
+    ("{encoder,decoder}.block.#.layer.0.SelfAttention.{q,v}", "decoder.block.#.layer.1.EncDecAttention.{q,v}"),
+    "lm_head",
+)
+BART = (
+    ("model.{encoder,decoder}.layers.#.self_attn.out_proj", "model.decoder.layers.#.encoder_attn.out_proj"),
+    "model.{encoder,decoder}.layers.#.fc2",
+    (
+        "model.{encoder,decoder}.layers.#.self_attn.{q_proj,v_proj}",
+        "model.decoder.layers.#.encoder_attn.{q_proj,v_proj}",
+    ),
+    "lm_head",
+)
+TOWERS = clip_like("{vision_model,text_model}.encoder.layers.#.")
+KNOWN = {
+    "bert": bert_like("bert.", "classifier"),
+    "roberta": bert_like("roberta.", "classifier.out_proj"),
+    "distilbert": (
+        "distilbert.transformer.layer.#.attention.out_lin",
+        "distilbert.transformer.layer.#.ffn.lin2",
+        "distilbert.transformer.layer.#.attention.{q_lin,v_lin}",
+        "classifier",
+    ),
+    # one layer, called twice
+    "albert": (
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.dense",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.{query,value}",
+        "classifier",
+    ),
+    "electra": bert_like("electra.", "classifier.out_proj"),
+    "deberta": bert_like("deberta.", "classifier", qv="in_proj"),
+    "deberta_v2": bert_like("deberta.", "classifier", qv="{query_proj,value_proj}"),
+    "mpnet": (
+        "mpnet.encoder.layer.#.attention.attn.o",
+        "mpnet.encoder.layer.#.output.dense",
+        "mpnet.encoder.layer.#.attention.attn.{q,v}",
+        "classifier.out_proj",
+    ),
+    # its attention multiplies by parameters of its own, in a forward that also adds and normalises
+    "xlnet": (None, "transformer.layer.#.ff.layer_2", None, "logits_proj"),
+    # attention of all, and of the few positions that see everything
+    "longformer": bert_like("longformer.", "classifier.out_proj", qv="{query,value,query_global,value_global}"),
+    "modernbert": ("model.layers.#.attn.Wo", "model.layers.#.mlp.Wo", "model.layers.#.attn.Wqkv", "classifier"),
+    "funnel": (
+        "funnel.encoder.blocks.#.0.attention.post_proj",
+        "funnel.encoder.blocks.#.0.ffn.linear_2",
+        "funnel.encoder.blocks.#.0.attention.{q_head,v_head}",
+        "classifier.linear_out",
+    ),
+    "gpt2": ("transformer.h.#.attn.c_proj", "transformer.h.#.mlp.c_proj", "transformer.h.#.attn.c_attn", "lm_head"),
+    "gpt_neo": (
+        "transformer.h.#.attn.attention.out_proj",
+        "transformer.h.#.mlp.c_proj",
+        "transformer.h.#.attn.attention.{q_proj,v_proj}",
+        "lm_head",
+    ),
+    "gptj": (
+        "transformer.h.#.attn.out_proj",
+        "transformer.h.#.mlp.fc_out",
+        "transformer.h.#.attn.{q_proj,v_proj}",
+        "lm_head",
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers.#.attention.dense",
+        "gpt_neox.layers.#.mlp.dense_4h_to_h",
+        "gpt_neox.layers.#.attention.query_key_value",
+        "lm_head",
+    ),
+    "opt": (*clip_like("model.decoder.layers.#.", ffn="fc2"), "lm_head"),
+    "bloom": (
+        "transformer.h.#.self_attention.dense",
+        "transformer.h.#.mlp.dense_4h_to_h",
+        "transformer.h.#.self_attention.query_key_value",
+        "lm_head",
+    ),
+    "falcon": (
+        "transformer.h.#.self_attention.dense",
+        "transformer.h.#.mlp.dense_4h_to_h",
+        "transformer.h.#.self_attention.query_key_value",
+        "lm_head",
+    ),
+    **{name: llama_like() for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2")},
+    "phi3": (
+        "model.layers.#.self_attn.o_proj",
+        "model.layers.#.mlp.down_proj",
+        "model.layers.#.self_attn.qkv_proj",
+        "lm_head",
+    ),
+    # all experts are one module
+    **{name: llama_like("mlp.experts") for name in ("mixtral", "qwen3_moe", "gpt_oss")},
+    # the first layer has no experts; queries, and keys with values, go through a narrow projection first
+    "deepseek_v3": (
+        "model.layers.#.self_attn.o_proj",
+        ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.{experts,shared_experts.down_proj}"),
+        "model.layers.#.self_attn.{q_b_proj,kv_b_proj}",
+        "lm_head",
+    ),
+    "mamba": (None, None, None, "lm_head"),
+    "mamba2": (None, None, None, "lm_head"),
+    "rwkv": (None, "rwkv.blocks.#.feed_forward.value", None, "head"),
+    "t5": T5,
+    "mt5": T5,
+    **dict.fromkeys(("bart", "mbart", "pegasus", "marian"), BART),
+    "whisper": (*BART[:3], "proj_out"),
+    "wav2vec2": (
+        "wav2vec2.encoder.layers.#.attention.out_proj",
+        "wav2vec2.encoder.layers.#.feed_forward.output_dense",
+        "wav2vec2.encoder.layers.#.attention.{q_proj,v_proj}",
+        "lm_head",
+    ),
+    "hubert": (
+        "hubert.encoder.layers.#.attention.out_proj",
+        "hubert.encoder.layers.#.feed_forward.output_dense",
+        "hubert.encoder.layers.#.attention.{q_proj,v_proj}",
+        "lm_head",
+    ),
+    "audio_spectrogram": vit_like("audio_spectrogram_transformer.layers.#.", "classifier.dense"),
+    "vit": vit_like("vit.layers.#.", "classifier"),
+    "deit": vit_like("deit.layers.#.", "classifier"),
+    "beit": vit_like("beit.layers.#.", "classifier"),
+    "dinov2": vit_like("dinov2.encoder.layer.#.", "classifier"),
+    "swin": (
+        swin("attention.o_proj"),
+        swin("mlp.fc2"),
+        swin("attention.{q_proj,v_proj}"),
+        "classifier",
+    ),
+    "convnext": (
+        None,
+        ("convnext.encoder.stages.0.layers.#.pwconv2", "convnext.encoder.stages.1.layers.0.pwconv2"),
+        None,
+        "classifier",
+    ),
+    "resnet": (None, None, None, "classifier.1"),
+    "segformer": vit_like("segformer.stages.#.blocks.0.", "decode_head.classifier"),
+    "clip": (*TOWERS, "{visual_projection,text_projection}"),
+    # its vision tower ends in attention by torch, whose projections are inside one module
+    "siglip": (
+        (TOWERS[0], "vision_model.head.attention"),
+        (TOWERS[1], "vision_model.head.mlp.fc2"),
+        TOWERS[2],
+        "text_model.head",
+    ),
+    "blip": (
+        ("vision_model.encoder.layers.#.self_attn.projection", "text_model.encoder.layer.#.attention.output.dense"),
+        ("vision_model.encoder.layers.#.mlp.fc2", "text_model.encoder.layer.#.output.dense"),
+        ("vision_model.encoder.layers.#.self_attn.qkv", "text_model.encoder.layer.#.attention.self.{query,value}"),
+        "{visual_projection,text_projection}",
+    ),
+    "vilt": bert_like("", "pooler.dense", self="attention.attention."),
+    "detr": (
+        ("model.{encoder,decoder}.layers.#.self_attn.o_proj", "model.decoder.layers.#.encoder_attn.o_proj"),
+        "model.{encoder,decoder}.layers.#.mlp.fc2",
+        (
+            "model.{encoder,decoder}.layers.#.self_attn.{q_proj,v_proj}",
+            "model.decoder.layers.#.encoder_attn.{q_proj,v_proj}",
+        ),
+        "{class_labels_classifier,bbox_predictor.layers.2}",
+    ),
+    "llava": (
+        (
+            "model.vision_tower.encoder.layers.#.self_attn.out_proj",
+            "model.language_model.layers.#.self_attn.o_proj",
+        ),
+        ("model.vision_tower.encoder.layers.#.mlp.fc2", "model.language_model.layers.#.mlp.down_proj"),
+        "model.{vision_tower.encoder,language_model}.layers.#.self_attn.{q_proj,v_proj}",
+        "lm_head",
+    ),
+    "nn.TransformerEncoder": ("layers.#.self_attn", "layers.#.linear2", None, None),
+    "nn.TransformerEncoder (train)": ("layers.#.self_attn", "layers.#.linear2", None, None),
+    "nn.MultiheadAttention": ("attention", None, None, None),
+    "nn.Transformer": (
+        ("{encoder,decoder}.layers.#.self_attn", "decoder.layers.#.multihead_attn"),
+        "{encoder,decoder}.layers.#.linear2",
+        None,
+        None,
+    ),
+    "nn.LSTM": (None, None, None, "out"),
+    "convolutional": (None, None, None, "9"),
+}
+# modules that the forward never calls: their weights are read by another module, or not at all
+NEVER_CALLED = re.compile(r"\.?out_proj$|\.mixer\.dt_proj$|\.crossattention\.")
+
+
+def expanded(known):
+    return known if known is None else names(*([known] if isinstance(known, str) else known))
+
+
+def found(graph, preset):
+    """What a preset finds; None where it says that it finds nothing."""
+    try:
+        return set(ag.places(graph, preset))
+    except ag.UnknownNode:
+        return None
+
+
+def test_the_matrix_is_whole():
+    assert set(KNOWN) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_known_modules_are_found(name):
+    model, graph = traced(name)
+    attention, ffn, query_value, _ = map(expanded, KNOWN[name])
+    modules = dict(model.named_modules())
+    assert {*(attention or ()), *(ffn or ()), *(query_value or ())} <= set(modules)
+    assert found(graph, "attention") == attention
+    assert found(graph, "pfeiffer") == found(graph, "ffn") == ffn
+    assert found(graph, "lora-attention") == query_value
+    assert found(graph, "houlsby") == (attention | ffn if attention and ffn else None)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_linear_is_every_linear_module_but_the_heads(name):
+    from transformers.pytorch_utils import Conv1D
+
+    model, graph = traced(name)
+    heads = expanded(KNOWN[name][3]) or set()
+    modules = dict(model.named_modules())
+    assert heads <= set(modules)
+    linear = {n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    pointwise = {n for n, m in modules.items() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)}
+    called = {n for n in linear | pointwise if n in graph or not NEVER_CALLED.search(n)}
+    assert (found(graph, "all-linear") or set()) == called - heads
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_place_takes_a_body(name):
+    _, graph = traced(name)
+    for preset in PRESETS:
+        at = found(graph, preset)
+        if at and preset != "all-linear":
+            spliced = graph.splice(ag.places(graph, preset), ag.Bottleneck(4))
+            assert {body.host for body in spliced.bodies.values()} == at
+            for other in PRESETS:
+                assert found(spliced, other) == found(graph, other)
