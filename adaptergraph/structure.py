@@ -332,14 +332,16 @@ def _weights(graph: Graph) -> dict[str, dict[str, Shape]]:
         for name, path in modules.items():
             found[path].update((p, param.shape) for p, param in graph[name].params.items())
         return {name: found[path] for name, path in modules.items() if found[path]}
-    params = graph.imported.params
-    shapes = {name: param.shape for name, param in params.items()}
-    shapes.update((name, params[first].shape) for name, first in graph.imported.tied.items())
-    for param, shape in shapes.items():
-        path, _, last = param.rpartition(".")
-        reader = path_of(graph.imported.readers.get(param, ""))
-        if path in found:
+    names = {name: [name] for name in graph.imported.params}
+    for name, first in graph.imported.tied.items():
+        names[first].append(name)
+    for first, all_names in names.items():
+        shape = graph.imported.params[first].shape
+        owned = [name for name in all_names if name.rpartition(".")[0] in found]
+        for name in owned:
+            path, _, last = name.rpartition(".")
             found[path][last] = shape
-        elif reader in found:
-            found[reader][param.removeprefix(reader + ".")] = shape
+        readers = [path_of(graph.imported.readers.get(name, "")) for name in all_names if not owned]
+        for path in found.keys() & readers:
+            found[path][first.removeprefix(path + ".")] = shape
     return {name: found[path] for name, path in modules.items() if found[path]}
