@@ -10,10 +10,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from .graph import Graph
 from .names import path_of
-from .node import Node, Shape
+from .node import Node
+
+Sizes: TypeAlias = "tuple[int, ...]"
 
 ADD = frozenset({"add", "add_", "iadd", "radd"})
 # queries, keys and values in one operation
@@ -22,8 +25,11 @@ SOFTMAX = frozenset({"softmax", "Softmax"})
 MATMUL = frozenset(
     {"matmul", "rmatmul", "mm", "bmm", "einsum", "baddbmm", "addmm", "tensordot", "linear", "grouped_mm", "_grouped_mm"}
 )
-# what carries values from one position to another, beside products of two values
+# attention with all its projections in one operation
+MULTIHEAD = frozenset({"multi_head_attention_forward"})
+# what carries values from one position to another, beside products of two values; and what does if it keeps features
 MIXING = frozenset({"cumsum", "cumprod", "logcumsumexp", "stack", "setitem"})
+REDUCING = frozenset({"sum", "mean"})
 
 # kinds of landmarks
 PROJECTION = "projection"
@@ -104,13 +110,13 @@ class Structure:
             self._constant.add(name)
             weights = {}
         values = [v for v in flows if v not in self._constant]
-        product = node.op in MATMUL and node.op != "linear" and len(values) > 1
+        product = len(values) > 1 and not weights and self._multiplies(name, node, values)
         kind = self._kind(name, node, weights, values, product)
         if kind is not None:
             self.kind[name] = kind
             self.near[name] = {name: False}
             return
-        self.near[name] = self._joined(flows, product or node.op in MIXING)
+        self.near[name] = self._joined(flows, product or self._mixes(node, flows))
         found = [self._scores[v] for v in flows if v in self._scores]
         scores = name if product else min(found, key=self.index.__getitem__, default=None)
         chances = next((self._chances[v] for v in flows if v in self._chances), None)
@@ -120,6 +126,18 @@ class Structure:
             self._scores[name] = scores
         if chances is not None:
             self._chances[name] = chances
+
+    def _multiplies(self, name: str, node: Node, values: Sequence[str]) -> bool:
+        """A matrix product of two values, also one that is a module of its own."""
+        if "/" in name or not self.imported or len(values) != 2:
+            return node.op in MATMUL and node.op != "linear"
+        left, right = (self.nodes[v].shape or () for v in values)
+        return len(left) > 2 and len(right) > 2 and left[-1] == right[-2] and node.shape == (*left[:-1], right[-1])
+
+    def _mixes(self, node: Node, flows: Sequence[str]) -> bool:
+        if node.op in REDUCING and flows:
+            return (node.shape or ())[-1:] == (self.nodes[flows[0]].shape or ())[-1:]
+        return node.op in MIXING
 
     def _joined(self, flows: Sequence[str], mixing: bool) -> Mapping[str, bool]:
         nears = [self.near[v] for v in flows]
@@ -132,11 +150,14 @@ class Structure:
         return joined
 
     def _kind(
-        self, name: str, node: Node, weights: Mapping[str, Shape], values: list[str], product: bool
+        self, name: str, node: Node, weights: Mapping[str, Sizes], values: list[str], product: bool
     ) -> str | None:
         """Which kind of landmark a node is; None for all that only passes values on."""
         if any(len(shape) > 1 for shape in weights.values()):
             return self._module(name, node, weights)
+        if node.op in MULTIHEAD:
+            self._add("attention output", name)
+            return WHOLE
         if node.op in ATTENTION and self._flows[name]:
             self._cores[name] = self._operands(self._flows[name])
             return CORE
@@ -152,7 +173,7 @@ class Structure:
             return OTHER
         return RESIDUAL if node.op in ADD and self._residual(name, node) else None
 
-    def _module(self, name: str, node: Node, weights: Mapping[str, Shape]) -> str | None:
+    def _module(self, name: str, node: Node, weights: Mapping[str, Sizes]) -> str | None:
         """A module with weights: one matrix over the features, or something that is not looked into."""
         read = next(iter(self._flows[name]), None)
         matrices = [shape for shape in weights.values() if len(shape) > 1]
@@ -171,11 +192,16 @@ class Structure:
             # a scale
             return None
         if len(weight) > 2 and len(taken) == len(given) == len(weight):
-            if set(weight[2:]) == {1} and (given[1], taken[1]) == weight[:2]:
-                return self._projection(name, read, 1)
             if weight[:2] == (given[1], 1) and given[1] == taken[1]:
                 # one small filter for each feature: the features stay apart
                 return None
+            if (
+                set(weight[2:]) == {1}
+                and given[1] == weight[0]
+                and isinstance(taken[1], int)
+                and not taken[1] % weight[1]
+            ):
+                return self._projection(name, read, 1)
         return OTHER
 
     def _projection(self, name: str, read: str, features: int) -> str:
@@ -231,7 +257,7 @@ class Structure:
             for branch in flows:
                 if branch != trunk and any(self.index[landmark] > low for landmark in self.near[branch]):
                     fork = self._fork(branch, trunk, same, low)
-                    if fork is not None:
+                    if fork is not None and not self._inside_attention(fork, branch):
                         found[branch] = fork
             if found:
                 self._forks[name] = (min(found.values(), key=self.index.__getitem__), tuple(found))
@@ -248,6 +274,12 @@ class Structure:
             value = self._flows[value][0]
             found.add(value)
         return found
+
+    def _inside_attention(self, fork: str, branch: str) -> bool:
+        """Whether a value that attention reads is added to what it gives: a part of attention, no residual."""
+        cores = [landmark for landmark in self.near[branch] if landmark in self._cores]
+        read = {i for core in cores for v in self._cores[core] for i in self.near[v] if self.kind[i] == PROJECTION}
+        return bool(read & self.near[fork].keys())
 
     def _fork(self, branch: str, trunk: str, same: set[str], low: int) -> str | None:
         """The last of these values that a branch was computed from. What was walked once is not walked again."""
@@ -323,11 +355,11 @@ def _is_float(node: Node) -> bool:
     return node.dtype is None or node.dtype.is_floating_point
 
 
-def _weights(graph: Graph) -> dict[str, dict[str, Shape]]:
+def _weights(graph: Graph) -> dict[str, dict[str, Sizes]]:
     """For each call of a module without calls inside: the shapes of all parameters that it reads."""
     modules = {n.name: n.path for n in graph.nodes() if n.name and n.body is None and "/" not in n.name}
     modules = {name: path for name, path in modules.items() if graph[name].op not in ("input", "output")}
-    found: dict[str, dict[str, Shape]] = {path: {} for path in modules.values()}
+    found: dict[str, dict[str, Sizes]] = {path: {} for path in modules.values()}
     if graph.imported is None:
         for name, path in modules.items():
             found[path].update((p, param.shape) for p, param in graph[name].params.items())

@@ -1,11 +1,13 @@
 """`ag.places` on every architecture of the matrix: it finds what the source of transformers and torch names."""
 
 import functools
+import inspect
 import itertools
 import re
 
 import pytest
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, CAUSAL, EXPERTS, TEXT, WAVES, hugging, sound
+from models import pairs, sentences
 from torch import nn
 
 import adaptergraph as ag
@@ -246,6 +248,114 @@ KNOWN = {
 NEVER_CALLED = re.compile(r"\.?out_proj$|\.mixer\.dt_proj$|\.crossattention\.")
 
 
+# Architectures that the matrix has not: (class, arguments, configuration), and the same four columns without the heads.
+UNLISTED = {
+    "parallel layers, partly rotary": (
+        ("PhiForCausalLM", sentences, CAUSAL),
+        ("model.layers.#.self_attn.dense", "model.layers.#.mlp.fc2", "model.layers.#.self_attn.{q_proj,v_proj}"),
+    ),
+    "parallel layers, added in turn": (
+        ("CohereForCausalLM", sentences, CAUSAL),
+        ("model.layers.#.self_attn.o_proj", "model.layers.#.mlp.down_proj", "model.layers.#.self_attn.{q_proj,v_proj}"),
+    ),
+    "scaled residuals": (
+        ("GraniteForCausalLM", sentences, {**CAUSAL, "residual_multiplier": 0.3}),
+        ("model.layers.#.self_attn.o_proj", "model.layers.#.mlp.down_proj", "model.layers.#.self_attn.{q_proj,v_proj}"),
+    ),
+    "norms after each branch": (
+        ("Exaone4ForCausalLM", sentences, {**CAUSAL, "head_dim": 8}),
+        ("model.layers.#.self_attn.o_proj", "model.layers.#.mlp.down_proj", "model.layers.#.self_attn.{q_proj,v_proj}"),
+    ),
+    "linear biases": (
+        (
+            "MptForCausalLM",
+            sentences,
+            {"vocab_size": 40, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        ),
+        ("transformer.blocks.#.attn.out_proj", "transformer.blocks.#.ffn.down_proj", "transformer.blocks.#.attn.Wqkv"),
+    ),
+    "one state-space layer, one of gated attention, experts": (
+        (
+            "Qwen3NextForCausalLM",
+            sentences,
+            {
+                **EXPERTS,
+                "num_experts": 4,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "layer_types": ["linear_attention", "full_attention"],
+            },
+        ),
+        (
+            "model.layers.1.self_attn.o_proj",
+            "model.layers.#.mlp.{experts,shared_expert.down_proj}",
+            "model.layers.1.self_attn.{q_proj,v_proj}",
+        ),
+    ),
+    "attention in one call of torch, projections in modules": (
+        ("WavLMModel", sound, WAVES),
+        ("encoder.layers.#.attention", "encoder.layers.#.feed_forward.output_dense", None),
+    ),
+    "products in modules, grouped convolutions as projections": (
+        ("SqueezeBertModel", sentences, {**TEXT, "embedding_size": 32}),
+        (
+            "encoder.layers.#.post_attention.conv1d",
+            "encoder.layers.#.output.conv1d",
+            "encoder.layers.#.attention.{query,value}",
+        ),
+    ),
+    "landmarks, and a convolution of the values added to attention": (
+        ("NystromformerModel", sentences, TEXT),
+        (
+            "encoder.layer.#.attention.output.dense",
+            "encoder.layer.#.output.dense",
+            "encoder.layer.#.attention.self.{query,value}",
+        ),
+    ),
+    "three streams in the decoder": (
+        (
+            "ProphetNetForConditionalGeneration",
+            pairs,
+            {
+                "vocab_size": 40,
+                "hidden_size": 32,
+                **{f"num_{part}_layers": 2 for part in ("encoder", "decoder")},
+                **{f"num_{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+                **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+                "max_position_embeddings": 64,
+            },
+        ),
+        (
+            (
+                "prophetnet.{encoder,decoder}.layers.#.self_attn.out_proj",
+                "prophetnet.decoder.layers.#.cross_attn.out_proj",
+            ),
+            "prophetnet.{encoder,decoder}.layers.#.feed_forward.output",
+            (
+                "prophetnet.{encoder,decoder}.layers.#.self_attn.{query_proj,value_proj}",
+                "prophetnet.decoder.layers.#.cross_attn.{query_proj,value_proj}",
+            ),
+        ),
+    ),
+    "adapters of its own in every layer": (
+        ("XmodModel", sentences, {**TEXT, "languages": ["en"], "default_language": "en"}),
+        (
+            "encoder.layer.#.attention.output.dense",
+            ("encoder.layer.#.output.dense", "encoder.layer.#.output.adapter_modules.en.dense2"),
+            "encoder.layer.#.attention.self.{query,value}",
+        ),
+    ),
+    "mixing by a Fourier transform": (
+        ("FNetModel", sentences, TEXT),
+        (None, "encoder.layer.#.output.dense", None),
+    ),
+}
+
+
 def expanded(known):
     return known if known is None else names(*([known] if isinstance(known, str) else known))
 
@@ -272,6 +382,19 @@ def test_the_known_modules_are_found(name):
     assert found(graph, "pfeiffer") == found(graph, "ffn") == ffn
     assert found(graph, "lora-attention") == query_value
     assert found(graph, "houlsby") == (attention | ffn if attention and ffn else None)
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_an_architecture_that_nobody_listed(name):
+    (cls, call, options), known = UNLISTED[name]
+    model = hugging(cls, **options).eval()
+    args, kwargs = call()
+    kwargs = {k: v for k, v in kwargs.items() if k in inspect.signature(model.forward).parameters}
+    graph = ag.trace(model, *args, **kwargs)
+    attention, ffn, query_value = map(expanded, known)
+    assert found(graph, "attention") == attention
+    assert found(graph, "pfeiffer") == ffn
+    assert found(graph, "lora-attention") == query_value
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
