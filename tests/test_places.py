@@ -1,9 +1,12 @@
 """`ag.places` on every architecture of the matrix: it finds what the source of transformers and torch names."""
 
 import functools
+import importlib.util
 import inspect
 import itertools
+import linecache
 import re
+from pathlib import Path
 
 import pytest
 from architectures import ARCHITECTURES, CAUSAL, EXPERTS, TEXT, WAVES, hugging, sound
@@ -421,3 +424,33 @@ def test_every_place_takes_a_body(name):
             assert {body.host for body in spliced.bodies.values()} == at
             for other in PRESETS:
                 assert found(spliced, other) == found(graph, other)
+
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "places.md").read_text()
+
+
+def test_the_listings_of_the_page_print_what_it_shows(tmp_path, capsys):
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.M | re.S)
+    names = {"__name__": "page"}
+    shown = [(code, blocks[i + 1][1]) for i, (kind, code) in enumerate(blocks) if kind == "python"]
+    assert len(shown) == 2
+    for code, text in shown:
+        file = tmp_path / "places.py"
+        file.write_text(code)
+        try:
+            exec(compile(code, str(file), "exec"), names)
+            printed = capsys.readouterr().out
+        except ag.GraphError as error:
+            printed = f"{type(error).__name__}: {error}"
+        linecache.clearcache()
+        assert printed.strip() == text.strip()
+
+
+def test_the_table_of_the_page_is_what_its_script_prints():
+    spec = importlib.util.spec_from_file_location("places_table", ROOT / "benchmarks" / "places.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.table(script.SHOWN) in PAGE
+    rows = dict(re.findall(r"^\| (`\"[^|]*`) \| ([^|]*) \|$", PAGE, re.M))
+    assert {name for row in rows for name in re.findall(r'"([^"]*)"', row)} == set(PRESETS)

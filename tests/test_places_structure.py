@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import adaptergraph as ag
 
@@ -75,6 +76,11 @@ class Turned(Attend):
 
     def mix(self, q, k, v):
         return super().mix(self.turn(q), self.turn(k), v)
+
+
+class Flexed(Attend):
+    def mix(self, q, k, v):
+        return flex_attention(q, k, v)
 
 
 class Gated(Attend):
@@ -229,7 +235,7 @@ def test_where_norms_and_sums_stand_changes_nothing(block):
     assert found(graph, "all-linear") == each("p.b", "p.d", "p.a", "p.c", "q.m", "q.n")
 
 
-@pytest.mark.parametrize("attend", [Attend, Eager, Summed, Turned])
+@pytest.mark.parametrize("attend", [Attend, Eager, Summed, Turned, Flexed])
 def test_how_attention_is_written_changes_nothing(attend):
     graph = stacked(Pre(attend()), Post(attend()))
     assert found(graph, "houlsby") == each("p.c", "q.n")
@@ -276,6 +282,8 @@ def test_a_layer_that_is_called_twice_is_one_place():
     layer = Pre()
     graph = stacked(layer, layer)
     assert found(graph, "houlsby") == ["layers.0.p.c", "layers.0.q.n"]
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True)
+    assert found(stacked(layer, layer), "houlsby") == ["layers.0.self_attn", "layers.0.linear2"]
 
 
 def test_attention_without_a_last_projection_is_the_module_that_gives_its_value():
@@ -404,10 +412,38 @@ def test_a_branch_that_mixes_positions_otherwise_is_no_feed_forward_layer():
             h = self.i(x)
             return x + self.o(h.cumsum(1) * torch.sigmoid(h))
 
-    graph = stacked(Scan(), Pre())
-    assert found(graph, "houlsby") == ["layers.1.p.c", "layers.1.q.n"]
-    with pytest.raises(ag.UnknownNode, match="finds no ffn output"):
-        ag.places(stacked(Scan()), "ffn")
+    class Averaged(Scan):
+        def forward(self, x):
+            h = self.i(x)
+            return x + self.o(h.mean(1, keepdim=True) * torch.sigmoid(h))
+
+    for branch in (Scan, Averaged):
+        graph = stacked(branch(), Pre())
+        assert found(graph, "houlsby") == ["layers.1.p.c", "layers.1.q.n"]
+        with pytest.raises(ag.UnknownNode, match="finds no ffn output"):
+            ag.places(stacked(branch()), "ffn")
+
+
+def test_a_norm_written_out_and_a_scale_in_a_module_leave_features_apart():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1, 1, WIDTH))
+
+        def forward(self, x):
+            return x * self.factor
+
+    class Normed(Feed):
+        def __init__(self):
+            super().__init__()
+            self.scale = Scale()
+
+        def forward(self, x):
+            h = F.gelu(self.m(x))
+            h = (h - h.mean(-1, keepdim=True)) * h.pow(2).mean(-1, keepdim=True).rsqrt()
+            return self.scale(self.n(h))
+
+    assert found(stacked(Pre(feed=Normed())), "houlsby") == ["layers.0.p.c", "layers.0.q.n"]
 
 
 def test_weights_from_a_softmax_of_a_projection_are_no_attention():
