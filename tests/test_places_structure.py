@@ -235,6 +235,7 @@ def test_where_norms_and_sums_stand_changes_nothing(block):
     assert found(graph, "all-linear") == each("p.b", "p.d", "p.a", "p.c", "q.m", "q.n")
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called")
 @pytest.mark.parametrize("attend", [Attend, Eager, Summed, Turned, Flexed])
 def test_how_attention_is_written_changes_nothing(attend):
     graph = stacked(Pre(attend()), Post(attend()))
@@ -302,6 +303,52 @@ def test_weights_with_a_parametrization_are_projections():
     graph = stacked(layer)
     assert found(graph, "houlsby") == each("p.c", "q.n", layers=1)
     assert found(graph, "all-linear") == each("p.b", "p.d", "p.a", "p.c", "q.m", "q.n", layers=1)
+
+
+def test_keys_may_be_the_values_and_a_mask_is_neither():
+    class Shared(Attend):
+        def forward(self, x):
+            q, kv = self.split(self.b(x)), self.split(self.d(x))
+            mask = x.mean(-1)[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+            return self.c(self.joined(F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask)))
+
+    assert found(stacked(Pre(Shared())), "lora-attention") == each("p.b", "p.d", layers=1)
+
+
+def test_a_second_projection_after_attention_is_no_feed_forward_layer():
+    class Twice(Attend):
+        def __init__(self):
+            super().__init__()
+            self.e = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.e(super().forward(x).relu())
+
+    graph = stacked(Pre(Twice()))
+    assert found(graph, "houlsby") == each("p.c", "q.n", layers=1)
+
+
+def test_what_gates_a_branch_and_what_comes_from_before_it_do_not_end_it():
+    class Narrow(Feed):
+        def __init__(self):
+            super().__init__()
+            self.g, self.h = nn.Linear(WIDTH, 6), nn.Linear(6, 1)
+
+        def forward(self, x):
+            return super().forward(x) * self.h(self.g(x).relu()).sigmoid()
+
+    class Before(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.stem, self.feed = Feed(), nn.Linear(WIDTH, WIDTH), Feed()
+
+        def forward(self, z):
+            early = self.early(z)
+            x = self.stem(z)
+            return x + self.feed(x) * early
+
+    assert found(stacked(Pre(feed=Narrow())), "pfeiffer") == ["layers.0.q.n"]
+    assert found(stacked(Before()), "pfeiffer") == ["layers.0.feed.n"]
 
 
 # ---------------------------------------------------------------------- experts
@@ -506,7 +553,7 @@ def test_a_declared_graph_may_hold_modules_of_torch_and_parameters():
     x = ag.input("x", shape=("batch", 5, WIDTH))
     scale = ag.param("scale", shape=(1, 1, WIDTH))
     mixed = ag.module(x, Attend(), name="torch")
-    h = ag.dense(ag.relu(ag.dense(mixed, 48, name="up")), WIDTH, name="down") * scale
+    h = ag.dense(ag.relu(ag.dense(mixed, WIDTH, name="up")) * scale, WIDTH, name="down")
     assert found(ag.Graph(mixed + h), "pfeiffer") == ["down"]
 
 
