@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +53,10 @@ class _Frame:
     index: int
     scope: str
     versions: dict[int, int] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
+    handed_on: dict[int, Any] = field(default_factory=dict)
 
 
 class Recorder:
@@ -92,24 +94,46 @@ class Recorder:
                 self.bind(tensor, record, ())
                 self.inputs.append(record)
 
+    def hold(self, tensor: Tensor) -> None:
+        """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
+        self.alive.append(tensor)
+        self.storages.setdefault(_storage(tensor), []).append(tensor)
+
     def bind(self, tensor: Tensor, record: Record, key: Any) -> None:
         """From now on this tensor is what the event gave."""
         self.values[id(tensor)] = (record, key)
         self.alive.append(tensor)
         self.storages.setdefault(_storage(tensor), []).append(tensor)
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """While this lasts, every module says when it is entered and left."""
-        handles: list[Any] = []
-        try:
-            for module in self.model.modules():
-                handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self.leave, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watch(self) -> None:
+        """Puts a forward on every module that says when it begins and ends; a body will run in the same place.
+
+        So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
+        """
+        for module in self.model.modules():
+            vars(module)["forward"] = self.watched(module, module.forward)
+
+    def watched(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that says when it begins and ends."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                self.enter(module, args, kwargs)
+            depth = len(self.frames)
+            try:
+                output = forward(*args, **kwargs)
+            except BaseException:
+                # the caller may go on without it
+                self.frames[depth - 2].records += self.frames[depth - 1].records
+                del self.frames[depth - 1 :]
+                raise
+            output = self.own(output)
+            with torch._C.DisableTorchFunction():
+                self.leave(module, args, kwargs, output)
+            return output
+
+        return run
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run."""
@@ -117,48 +141,53 @@ class Recorder:
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
-        versions = {id(t): _version(t) for _, t in tensors((args, kwargs))}
-        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions))
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """A module has run; what it returns may be replaced by tensors of its own."""
-        frame = self.frames.pop()
-        caller = self.frames[-1]
         given = [t for _, t in tensors((args, kwargs))]
+        versions = {id(t): _version(t) for t in given}
+        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions, given))
+
+    def own(self, output: Any) -> Any:
+        """What a module returns, with tensors of its own where it hands on what it was given."""
+        frame = self.frames[-1]
+        given = {id(t) for t in frame.given}
 
         def fresh(tensor: Tensor) -> Tensor:
-            """A tensor of its own where a module hands on what it was given."""
-            same = any(tensor is g for g in given) and not self.made_in(tensor, frame)
-            return tensor.view_as(tensor) if same else tensor
+            if id(tensor) not in given or self.made_in(tensor, frame):
+                return tensor
+            new = tensor.view_as(tensor)
+            frame.handed_on[id(new)] = self.values.get(id(tensor))
+            return new
 
         self.paused = True
         output = replaced(output, fresh)
         self.paused = False
+        return output
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A module has run."""
+        frame = self.frames.pop()
+        caller = self.frames[-1]
         outs = list(tensors(output))
         if not frame.calls_children:
-            caller.records.append(self.leaf(module, frame, caller, given, outs))
+            caller.records.append(self.leaf(module, frame, caller, outs))
         else:
             caller.records += frame.records
             for _, tensor in outs:
                 if id(tensor) not in self.values:
-                    self.passed_on(tensor, frame, caller, given)
+                    self.passed_on(tensor, frame, caller)
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next(((p, t) for p, t in outs if t.dtype.is_floating_point), None)
         path, found = (None, None) if first is None else (first[0], self.values[id(first[1])])
         self.calls[frame.path][frame.index] = (found, path, inputs)
-        return output
 
     def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
         """Whether an event inside this call gave the tensor."""
         value = self.values.get(id(tensor))
         return value is not None and any(value[0] is r for r in frame.records)
 
-    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, given: list[Tensor], outs: list[Any]) -> Record:
+    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
-        for tensor in given:
-            if id(tensor) in self.values:
-                record.reads.append(self.values[id(tensor)])
+        record.reads += [self.values[id(t)] for t in frame.given if id(t) in self.values]
         for inner in frame.records:
             record.reads += [read for read in inner.reads if read[0] not in frame.records]
             record.params.update(inner.params)
@@ -169,10 +198,15 @@ class Recorder:
             self.bind(tensor, record, path)
         return record
 
-    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame, given: list[Tensor]) -> None:
+    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
         """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
         record = Record("op", "identity", frame.scope)
-        record.reads = [self.values[id(g)] for g in given if id(g) in self.values]
+        if id(tensor) in self.parameters:
+            record.params[self.parameters[id(tensor)]] = None
+        elif frame.handed_on.get(id(tensor)) is not None:
+            record.reads = [frame.handed_on[id(tensor)]]
+        else:
+            record.reads = [self.values[id(g)] for g in frame.given if id(g) in self.values]
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
@@ -199,8 +233,10 @@ class Recorder:
         given = [t for _, t in tensors((args, kwargs))]
         versions = [_version(t) for t in given]
         result = func(*args, **kwargs)
-        mutated = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
         outs = list(tensors(result))
+        mutated = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
+        if len(mutated) > 1:
+            mutated = _written(func, args, kwargs, mutated, outs)
         if not outs and not mutated:
             return result
         frame = self.frames[-1]
@@ -220,8 +256,9 @@ class Recorder:
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             self.bind(tensor, record, path)
-        for tensor in mutated:
-            self.changed(tensor, record, next((p for p, t in outs if t is tensor), "changed"))
+        for number, tensor in enumerate(mutated):
+            further = ("changed", number) if number else "changed"
+            self.changed(tensor, record, next((p for p, t in outs if t is tensor), further))
         frame.records.append(record)
         return result
 
@@ -231,14 +268,15 @@ class Recorder:
         if id(tensor) not in self.values:
             self.bind(tensor, record, key)
         for number, alias in enumerate(self.storages[_storage(tensor)]):
-            known, old = self.values[id(alias)]
-            if known is record or not _overlap(alias, tensor):
+            old = self.values.get(id(alias))
+            if (old is not None and old[0] is record) or not _overlap(alias, tensor):
                 continue
             if _place(alias) == _place(tensor):
                 self.values[id(alias)] = (record, key)
                 continue
             # another view: what was not written comes from the value that it had
-            record.reads.append((known, old))
+            if old is not None:
+                record.reads.append(old)
             view = ("view", number)
             record.outs[view] = (tuple(alias.shape), alias.dtype)
             self.values[id(alias)] = (record, view)
@@ -258,6 +296,13 @@ class Operations(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.operation(func, args, kwargs or {})
+
+
+def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
+    """Those that a function wrote into: tensors over one storage count their changes together."""
+    target = [args[0]] if func is Tensor.__setitem__ else []
+    target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
+    return [t for t in changed if any(t is g for g in target)] or changed
 
 
 def _version(tensor: Tensor) -> int:
@@ -321,6 +366,8 @@ def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from tensors(item, (*path, i))
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step), path)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from tensors(item, (*path, key))

@@ -104,8 +104,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> 
     """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
     if any(p.is_meta for p in model.parameters()):
         return None
-    held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
-    kept = [(t, t.clone()) for t in held]
+    kept = [(t, t.clone()) for t in _held(model) if not isinstance(t, nn.Parameter)]
     recorder = _attempt(model, args, kwargs, errors, Recorder(model, None), None)
     with torch.no_grad():
         for tensor, values in kept:
@@ -148,17 +147,26 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
             faked.swap(model)
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
-            recorder.alive += faked.twins.values()
+            for twin in faked.twins.values():
+                recorder.hold(twin)
             stack.enter_context(mode)
         else:
             clone = functools.cache(torch.clone)
             args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
+            for tensor in _held(model):
+                recorder.hold(tensor)
         model.eval()
         recorder.arguments(args, kwargs)
-        stack.enter_context(recorder.hooks())
+        recorder.watch()
         stack.enter_context(Operations(recorder))
         recorder.done(model(*args, **kwargs))
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    """Every tensor that is a parameter, a buffer or an attribute of a module."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers, vars(m))]
+    return list({id(t): t for table in tables for t in table.values() if isinstance(t, Tensor)}.values())
 
 
 def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
