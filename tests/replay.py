@@ -95,6 +95,7 @@ class Keeping(Recorder):
                     if isinstance(tensor, Tensor):
                         self.holders.setdefault(id(tensor), Held(path, table, name))
                         self.keeping.append(tensor)
+        self.fake = any(type(t).__name__ == "FakeTensor" for _, t in tensors((args, kwargs)))
         super().arguments(args, kwargs)
 
     def forget(self) -> Any:
@@ -233,7 +234,9 @@ class Recording:
 
         def fetch(ref: Any) -> Tensor:
             tensor = self.value(ref)
-            return copies.setdefault(id(tensor), copied(tensor)) if step.changed else tensor
+            return (
+                copies.setdefault(id(tensor), copied(tensor)) if step.changed or isinstance(step.run, str) else tensor
+            )
 
         args, kwargs = mapped(step.args, fetch)
         run = self.model.get_submodule(step.run) if isinstance(step.run, str) else step.run
@@ -265,3 +268,10 @@ class Recording:
 def recorded(model: nn.Module, args: Any, kwargs: Any) -> Recording:
     """Traces a model and keeps what was run."""
     return Recording(model, args, kwargs)
+
+
+def references(args: Any) -> list[Any]:
+    """What stands for tensors among the arguments of a step."""
+    found: list[Any] = []
+    mapped(args, lambda ref: (found.append(ref), ref)[1])
+    return found
