@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -54,6 +56,7 @@ class _Frame:
     scope: str
     versions: dict[int, int] = field(default_factory=dict)
     given: list[Tensor] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
     handed_on: dict[int, Any] = field(default_factory=dict)
@@ -71,11 +74,13 @@ class Recorder:
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.alive: list[Tensor] = []
+        self.owned: set[int] = set()
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
         self.inputs: list[Record] = []
         self.paused = False
+        self.hidden = False
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
@@ -96,6 +101,7 @@ class Recorder:
 
     def hold(self, tensor: Tensor) -> None:
         """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
+        self.owned.add(id(tensor))
         self.alive.append(tensor)
         self.storages.setdefault(_storage(tensor), []).append(tensor)
 
@@ -142,8 +148,9 @@ class Recorder:
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
         given = [t for _, t in tensors((args, kwargs))]
+        reads = [origin for t in given if (origin := self.origin(t, self.frames[-1])) is not None]
         versions = {id(t): _version(t) for t in given}
-        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions, given))
+        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions, given, reads))
 
     def own(self, output: Any) -> Any:
         """What a module returns, with tensors of its own where it hands on what it was given."""
@@ -187,7 +194,7 @@ class Recorder:
     def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
-        record.reads += [self.values[id(t)] for t in frame.given if id(t) in self.values]
+        record.reads += frame.reads
         for inner in frame.records:
             record.reads += [read for read in inner.reads if read[0] not in frame.records]
             record.params.update(inner.params)
@@ -205,11 +212,29 @@ class Recorder:
             record.params[self.parameters[id(tensor)]] = None
         elif frame.handed_on.get(id(tensor)) is not None:
             record.reads = [frame.handed_on[id(tensor)]]
-        else:
-            record.reads = [self.values[id(g)] for g in frame.given if id(g) in self.values]
+        elif self.made_unseen(tensor):
+            record.op, record.reads = "unseen", self.earlier(frame)
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
+
+    def origin(self, tensor: Tensor, frame: _Frame) -> Any:
+        """The event that gave a tensor; None for one that was there before the run."""
+        if self.made_unseen(tensor):
+            record = Record("op", "unseen", frame.scope, reads=self.earlier(frame))
+            record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+            self.bind(tensor, record, ())
+            frame.records.append(record)
+        return self.values.get(id(tensor))
+
+    def made_unseen(self, tensor: Tensor) -> bool:
+        """Whether code made it that torch does not show: inside `torch.func`, or of an extension."""
+        known = id(tensor) in self.values or id(tensor) in self.owned
+        return not known and (self.hidden or isinstance(tensor, FakeTensor))
+
+    def earlier(self, frame: _Frame) -> list[Any]:
+        """All that code in this call can have read."""
+        return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
 
     def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
         """The float tensors among the arguments by name, without those that the forward overwrote."""
@@ -228,7 +253,9 @@ class Recorder:
 
     def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a torch function and notes what it read, made and changed in place."""
-        if self.paused:
+        inside = torch._C._functorch.peek_interpreter_stack() is not None
+        self.hidden |= inside
+        if self.paused or inside:
             return func(*args, **kwargs)
         given = [t for _, t in tensors((args, kwargs))]
         versions = [_version(t) for t in given]
@@ -237,13 +264,16 @@ class Recorder:
         mutated = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
         if len(mutated) > 1:
             mutated = _written(func, args, kwargs, mutated, outs)
+        elif _replaces(func):
+            mutated = [args[0]]
         if not outs and not mutated:
             return result
         frame = self.frames[-1]
         record = Record("op", _op_name(func), frame.scope)
         for tensor in given:
-            if id(tensor) in self.values:
-                record.reads.append(self.values[id(tensor)])
+            origin = self.origin(tensor, frame)
+            if origin is not None:
+                record.reads.append(origin)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
 
@@ -265,7 +295,7 @@ class Recorder:
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
         record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
-        if id(tensor) not in self.values:
+        if all(tensor is not t for t in self.storages.get(_storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
         for number, alias in enumerate(self.storages[_storage(tensor)]):
             old = self.values.get(id(alias))
@@ -288,11 +318,33 @@ class Recorder:
 
 
 class Operations(TorchFunctionMode):
-    """Shows every torch function to a recorder."""
+    """Shows every torch function to a recorder, and every call of a TorchScript function as one."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+
+    def __enter__(self) -> Any:
+        self.call = call = torch.jit.ScriptFunction.__call__
+        thread, recorder = threading.get_ident(), self.recorder
+
+        def seen(script: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return call(script, *args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return call(script, *args, **kwargs)
+
+            run.__name__ = script.name
+            with torch._C.DisableTorchFunction():
+                return recorder.operation(run, args, kwargs)
+
+        torch.jit.ScriptFunction.__call__ = seen  # type: ignore[assignment,method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.jit.ScriptFunction.__call__ = self.call  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.operation(func, args, kwargs or {})
@@ -303,6 +355,11 @@ def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: lis
     target = [args[0]] if func is Tensor.__setitem__ else []
     target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
     return [t for t in changed if any(t is g for g in target)] or changed
+
+
+def _replaces(func: Any) -> bool:
+    """Whether a function gives its first argument other memory, which no version counts."""
+    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
 
 
 def _version(tensor: Tensor) -> int:

@@ -282,6 +282,7 @@ class _Finish:
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.parts: dict[str, tuple[Record, Any]] = {}
 
     def graph(self) -> Graph:
         own: dict[str, dict[str, Param]] = {}
@@ -345,12 +346,17 @@ class _Finish:
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
         final = record.final()
-        if final is not record or key not in final.outs or key == final.main:
+        if final is record and key == final.main:
             return final.name
-        label = ":".join([final.name, *(str(k).lstrip(".") for k in (key if isinstance(key, tuple) else (key,)))])
+        inner = [] if final is record else [record.op]
+        path = [] if key == () else key if isinstance(key, tuple) else [key]
+        label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
         label = re.sub(r"[^\w.@/:]", "_", label)
+        while self.parts.setdefault(label, (record, key)) != (record, key):
+            # two operations of one name, inside one node
+            label += "_"
         if label not in self.nodes:
-            shape, dtype = final.outs[key]
+            shape, dtype = record.outs[key]
             self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
             self.scopes[label] = path_of(final.scope)
         return label

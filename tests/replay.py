@@ -141,9 +141,13 @@ class Keeping(Recorder):
         super().enter(module, args, kwargs)
 
     def passed_on(self, tensor: Tensor, frame: Any, caller: Any) -> None:
+        held = self.holders.get(id(tensor), Outside(tensor))
         super().passed_on(tensor, frame, caller)
         record = caller.records[-1]
-        (origin,) = [Ref(*r) for r in record.reads] or [self.ref(tensor)]
+        if record.op == "unseen":
+            self.unknown.append(record.scope)
+            return
+        (origin,) = [Ref(*r) for r in record.reads] or [held]
         self.steps[record] = Step(lambda value: value, ((origin,), {}))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
