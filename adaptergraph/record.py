@@ -68,6 +68,7 @@ class Recorder:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model = model
         self.paths = {id(m): n for n, m in model.named_modules()}
+        self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
         self.parameters: dict[int, str] = {}
         self.dtype = dtype
@@ -116,8 +117,14 @@ class Recorder:
 
         So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
         """
+        known: dict[int, inspect.Signature] = {}
         for module in self.model.modules():
-            vars(module)["forward"] = self.watched(module, module.forward)
+            forward = module.forward
+            function = id(getattr(forward, "__func__", forward))
+            if function not in known:
+                known[function] = inspect.signature(forward)
+            self.signatures[id(module)] = known[function]
+            vars(module)["forward"] = self.watched(module, forward)
 
     def watched(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that says when it begins and ends."""
@@ -239,7 +246,7 @@ class Recorder:
     def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
         """The float tensors among the arguments by name, without those that the forward overwrote."""
         try:
-            named = bound(module, args, kwargs)
+            named = by_name(self.signatures[id(module)], args, kwargs)
         except TypeError:
             return []
         return [
@@ -257,7 +264,7 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
-        given = [t for _, t in tensors((args, kwargs))]
+        given = [t for value in (*args, *kwargs.values()) for _, t in tensors(value)]
         versions = [_version(t) for t in given]
         result = func(*args, **kwargs)
         outs = list(tensors(result))
@@ -363,7 +370,11 @@ def _replaces(func: Any) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        # an inference tensor counts none
+        return 0
 
 
 def _storage(tensor: Tensor) -> int:
@@ -394,6 +405,9 @@ def _extent(tensor: Tensor) -> tuple[Any, Any]:
     return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
 
 
+_PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
+
+
 def _op_name(func: Any) -> str:
     name = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":
@@ -403,7 +417,11 @@ def _op_name(func: Any) -> str:
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
-    signature = inspect.signature(module.forward)
+    return by_name(inspect.signature(module.forward), args, kwargs)
+
+
+def by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by the names of a signature."""
     named: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         kind = signature.parameters[name].kind
@@ -420,6 +438,8 @@ def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
     """The tensors in a structure and the way to each: an index, a key, or `.name` for an attribute."""
     if isinstance(value, Tensor):
         yield path, value
+    elif type(value) in _PLAIN:
+        return
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from tensors(item, (*path, i))

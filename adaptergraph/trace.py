@@ -5,7 +5,6 @@ A trace is a map, not a program: it says what reads what, and is never replayed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import re
@@ -198,14 +197,17 @@ class _Faker:
 
     def made(self, tensor: Tensor) -> Any:
         """A tensor of the same shape without values."""
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        device = "cpu" if tensor.is_meta else tensor.device
-        with self.mode:
-            if tensor.layout != torch.strided:
-                twin: Any = self.mode.from_tensor(tensor)
-            else:
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-            return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        if tensor.layout != torch.strided:
+            twin: Any = self.mode.from_tensor(tensor)
+        else:
+            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+            twin = FakeTensor(self.mode, empty, device)
+        if isinstance(tensor, nn.Parameter):
+            # as nn.Parameter marks a tensor of another class, without a detached copy of it
+            twin._is_param = True
+        return twin
 
     def swap(self, model: nn.Module) -> None:
         """Puts twins in the place of a model's parameters, buffers and other tensors."""
@@ -221,13 +223,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
     plain = (dict, OrderedDict, defaultdict, list, set)
     attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
-    held: list[Any] = [(v, copy.copy(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
+    held: list[Any] = [(v, _contents(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
     try:
         yield
     finally:
         for value, contents in [*held, *attributes]:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _contents(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
 
 
 def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
