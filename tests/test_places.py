@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import ARCHITECTURES, CAUSAL, EXPERTS, TEXT, WAVES, hugging, sound
-from models import pairs, sentences
+from models import pairs, sentences, tensors
 from torch import nn
 
 import adaptergraph as ag
@@ -424,6 +425,41 @@ def test_every_place_takes_a_body(name):
             assert {body.host for body in spliced.bodies.values()} == at
             for other in PRESETS:
                 assert found(spliced, other) == found(graph, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["albert", "gpt2", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "siglip", "swin", "nn.TransformerEncoder"]
+)
+def test_bodies_at_places_compute_what_hooks_would(name):
+    model, graph = traced(name)
+    args, kwargs = ARCHITECTURES[name].args()
+    places = ag.places(graph, "houlsby")
+    adapted = graph.splice(places, ag.Bottleneck(8)).compile().train(model.training)
+    torch.manual_seed(2)
+    handles = []
+    for place in places:
+        body = adapted.get_submodule(f"{place}.adapter")
+        for parameter in body.parameters():
+            nn.init.normal_(parameter)
+
+        def hook(module, args, output, down=body.down, up=body.up):
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            first = first + up(down(first).relu())
+            return (first, *rest) if isinstance(output, tuple) else first
+
+        handles.append(model.get_submodule(place).register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            by_hand, ours = (tensors(m(*args, **kwargs)) for m in (model, adapted))
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        plain = tensors(model(*args, **kwargs))
+    assert len(ours) == len(by_hand)
+    for a, b in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not all(torch.allclose(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 ROOT = Path(__file__).parent.parent
