@@ -132,6 +132,13 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
             source=source,
             hint="trace it inside another module: nn.Sequential(model)",
         )
+    if graph.imported.values(host) is None:
+        raise BadSplice(
+            f"{host!r} is computed inside a module without modules: no body can be attached there",
+            node=host,
+            source=source,
+            hint=f"splice at {path_of(host)!r}",
+        )
     if not module.calls:
         raise _never_called(graph, host, source)
     values = graph.calls_of(host)

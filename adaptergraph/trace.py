@@ -5,7 +5,6 @@ A trace is a map, not a program: it says what reads what, and is never replayed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import re
@@ -112,8 +111,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], mak
     """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
     if any(p.is_meta for p in model.parameters()):
         return None
-    held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
-    kept = [(t, t.clone()) for t in held]
+    kept = [(t, t.clone()) for t in _held(model) if not isinstance(t, nn.Parameter)]
     recorder = _attempt(model, args, kwargs, errors, make(model, None), None)
     with torch.no_grad():
         for tensor, values in kept:
@@ -156,17 +154,26 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
             faked.swap(model)
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
-            recorder.alive += faked.twins.values()
+            for twin in faked.twins.values():
+                recorder.hold(twin)
             stack.enter_context(mode)
         else:
             clone = functools.cache(torch.clone)
             args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
+            for tensor in _held(model):
+                recorder.hold(tensor)
         model.eval()
         recorder.arguments(args, kwargs)
-        stack.enter_context(recorder.hooks())
+        recorder.watch()
         stack.enter_context(Operations(recorder))
         recorder.done(model(*args, **kwargs))
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    """Every tensor that is a parameter, a buffer or an attribute of a module."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers, vars(m))]
+    return list({id(t): t for table in tables for t in table.values() if isinstance(t, Tensor)}.values())
 
 
 def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
@@ -198,14 +205,17 @@ class _Faker:
 
     def made(self, tensor: Tensor) -> Any:
         """A tensor of the same shape without values."""
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        device = "cpu" if tensor.is_meta else tensor.device
-        with self.mode:
-            if tensor.layout != torch.strided:
-                twin: Any = self.mode.from_tensor(tensor)
-            else:
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-            return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        if tensor.layout != torch.strided:
+            twin: Any = self.mode.from_tensor(tensor)
+        else:
+            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+            twin = FakeTensor(self.mode, empty, device)
+        if isinstance(tensor, nn.Parameter):
+            # as nn.Parameter marks a tensor of another class, without a detached copy of it
+            twin._is_param = True
+        return twin
 
     def swap(self, model: nn.Module) -> None:
         """Puts twins in the place of a model's parameters, buffers and other tensors."""
@@ -221,13 +231,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
     plain = (dict, OrderedDict, defaultdict, list, set)
     attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
-    held: list[Any] = [(v, copy.copy(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
+    held: list[Any] = [(v, _contents(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
     try:
         yield
     finally:
         for value, contents in [*held, *attributes]:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _contents(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
 
 
 def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
@@ -282,6 +296,7 @@ class _Finish:
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.parts: dict[tuple[Record, Any], str] = {}
 
     def graph(self) -> Graph:
         own: dict[str, dict[str, Param]] = {}
@@ -345,19 +360,21 @@ class _Finish:
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
         final = record.final()
-        if final is not record or key not in final.outs or key == final.main:
+        if final is record and key == final.main:
             return final.name
-        label = self.label(final, key)
-        if label not in self.nodes:
-            shape, dtype = final.outs[key]
+        if (record, key) not in self.parts:
+            inner = [] if final is record else [record.op]
+            path = [] if key == () else key if isinstance(key, tuple) else [key]
+            label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
+            label = re.sub(r"[^\w.@/:]", "_", label)
+            while label in self.nodes:
+                # two operations of one name, inside one node
+                label += "_"
+            shape, dtype = record.outs[key]
+            self.parts[record, key] = label
             self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
             self.scopes[label] = final.scope
-        return label
-
-    def label(self, record: Record, key: Any) -> str:
-        """What a further output of a node is called."""
-        label = ":".join([record.name, *(str(k).lstrip(".") for k in (key if isinstance(key, tuple) else (key,)))])
-        return re.sub(r"[^\w.@/:]", "_", label)
+        return self.parts[record, key]
 
     def module(self, path: str, module: nn.Module) -> Module:
         return Module(type(module).__name__, tuple(map(self.call, self.recorder.calls.get(path, ()))))
@@ -372,9 +389,8 @@ class _Finish:
         return Call(output, made.first or (), inputs, made.caller, parts)
 
     def is_read(self, record: Record, key: Any) -> bool:
-        """Whether a value is a node already: a module's main output, or one that something reads."""
-        final = record.final()
-        return final is not record or key not in final.outs or key == final.main or self.label(final, key) in self.nodes
+        """Whether a value is a node already: the main output of one, or an output that something reads."""
+        return (record.final() is record and key == record.main) or (record, key) in self.parts
 
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}

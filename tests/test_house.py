@@ -50,6 +50,8 @@ FLOORS = {
     "storage": 5,
     "cost": 6,
     "plan": 6,
+    "structure": 6,
+    "places": 6,
     "view": 6,
     "draw": 6,
     "batches": 7,

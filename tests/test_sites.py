@@ -209,3 +209,36 @@ def test_a_refused_splice_changes_nothing(traced, name):
     graph = traced(name).graph
     with pytest.raises(ag.UnknownNode, match="nearest"):
         graph.splice("**.laier.*/add", METHOD)
+
+
+class Aside(nn.Module):
+    """A module without modules that leaves a value for others."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = []
+
+    def forward(self, x):
+        self.left[:] = [x * 2]
+        return x + 1
+
+
+class Leaves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.aside = Aside()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.aside(x)
+        return self.fc(y + self.aside.left[0])
+
+
+def test_a_value_that_a_module_leaves_for_others_is_no_place():
+    graph = ag.trace(Leaves(), torch.ones(2, 4))
+    inner = next(n for n in graph if n.startswith("aside:"))
+    with pytest.raises(ag.BadSplice, match="is computed inside a module without modules: no body can be attached"):
+        graph.splice(inner, METHOD)
+    reads = graph.splice("fc", lambda site: site.output + ag.dense(site.graph[inner], 4))
+    with pytest.raises(ag.BadSplice, match="is computed inside a module without modules, where it cannot be read"):
+        reads.compile()
