@@ -82,6 +82,7 @@ class Recorder:
         self.inputs: list[Record] = []
         self.paused = False
         self.hidden = False
+        self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
@@ -136,8 +137,10 @@ class Recorder:
             depth = len(self.frames)
             try:
                 output = forward(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 # the caller may go on without it
+                if self.failed is None or self.failed[0] is not error:
+                    self.failed = (error, self.frames[depth - 1].path)
                 self.frames[depth - 2].records += self.frames[depth - 1].records
                 del self.frames[depth - 1 :]
                 raise
