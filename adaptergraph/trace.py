@@ -308,11 +308,13 @@ def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
     left = _alive(seen)
     if not left:
         return
+    ids = {id(t) for t in left}
     for cached in [o for o in gc.get_objects() if type(o) is _lru_cache_wrapper]:
-        if cached.cache_info().currsize and any(_holds(cached, t) for t in left):
+        if cached.cache_info().currsize and _holds(cached, ids):
             cached.cache_clear()
     left.clear()
-    gc.collect()
+    if _alive(seen):
+        gc.collect()
     left = _alive(seen)
     if left:
         owners = {type(o).__name__ for t in left for o in gc.get_referrers(t) if o is not left}
@@ -327,11 +329,12 @@ def _alive(refs: list[weakref.ref[Tensor]]) -> list[FakeTensor]:
     return [t for t in (ref() for ref in refs) if isinstance(t, FakeTensor)]
 
 
-def _holds(owner: Any, tensor: Tensor, depth: int = 4) -> bool:
-    level = [owner]
+def _holds(cached: Any, ids: set[int], depth: int = 4) -> bool:
+    """Whether one of these tensors lies in a cache, or a few structures deep in what it keeps."""
+    level = [cached]
     for _ in range(depth):
         level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, type | nn.Module)]
-        if any(r is tensor for r in level):
+        if any(id(r) in ids for r in level):
             return True
         if len(level) > 20_000:
             return False

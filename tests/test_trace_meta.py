@@ -62,7 +62,8 @@ def test_seventy_billion_parameters_are_traced_without_memory(found):
 
 def test_a_plan_a_table_a_picture_and_a_recipe_come_out_of_it(found):
     assert found["trained"] == 80 * (2 * 8192 * 64 + 64 + 8192)
-    assert "70," in found["table"] or "70.6" in found["table"] or "70" in found["plan"]
-    assert "model.layers" in found["table"]
+    assert "frozen 70.6 B" in found["table"]
+    assert "80 × adapter" in found["table"]
+    assert f"{found['params'] + found['trained']:,}" in found["plan"]
     assert Path(found["picture"]).read_text().count("<svg") == 1
     assert "down_proj" in json.dumps(found["recipe"])
