@@ -89,6 +89,8 @@ class Recorder:
         """Lets go of every tensor, and says which there were."""
         refs = [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters = [], {}, {}, {}
+        # the frames of its traceback hold tensors
+        self.failed = None
         return refs
 
     def arguments(self, args: Any, kwargs: Any) -> None:
