@@ -92,12 +92,15 @@ class Recorder:
         self.inputs: list[Record] = []
         self.paused = False
         self.hidden = False
+        self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
         refs = [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters = [], {}, {}, {}
+        # the frames of its traceback hold tensors
+        self.failed = None
         return refs
 
     def arguments(self, args: Any, kwargs: Any) -> None:
@@ -146,8 +149,10 @@ class Recorder:
             depth = len(self.frames)
             try:
                 output = forward(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 # the caller may go on without it
+                if self.failed is None or self.failed[0] is not error:
+                    self.failed = (error, self.frames[depth - 1].path)
                 self.frames[depth - 2].records += self.frames[depth - 1].records
                 del self.frames[depth - 1 :]
                 raise

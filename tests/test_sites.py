@@ -237,7 +237,9 @@ class Leaves(nn.Module):
 def test_a_value_that_a_module_leaves_for_others_is_no_place():
     graph = ag.trace(Leaves(), torch.ones(2, 4))
     inner = next(n for n in graph if n.startswith("aside:"))
-    with pytest.raises(ag.BadSplice, match="is computed inside a module without modules: no body can be attached"):
+    with pytest.raises(
+        ag.BadSplice, match="is computed inside a module without modules: no body can be attached there"
+    ):
         graph.splice(inner, METHOD)
     reads = graph.splice("fc", lambda site: site.output + ag.dense(site.graph[inner], 4))
     with pytest.raises(ag.BadSplice, match="is computed inside a module without modules, where it cannot be read"):
