@@ -158,8 +158,8 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
 
 def _refuse_operation(graph: Graph, host: str, source: Source | None) -> None:
     assert graph.imported is not None
-    node = graph._nodes[host]
-    around = path_of(graph.imported.scopes[host])
+    node = graph[host]
+    around = path_of(host)
     instead = f"splice at the module around it: {around!r}" if around else "splice at a module inside the model"
     if node.op == "output":
         raise BadSplice(
