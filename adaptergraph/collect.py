@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DuplicateName, GraphError, here
@@ -226,6 +227,23 @@ def remaining(splices: Iterable[Splice], bodies: Mapping[str, Body]) -> tuple[Sp
         elif hosts:
             left.append(replace(record, at=list(hosts), hosts=hosts))
     return tuple(left)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Stands in a pickle for a method that pickle cannot store: a function without a place in a module."""
+
+    name: str
+
+
+def stored(splice: Splice) -> Splice:
+    """A splice for a pickle: its method is only a record, the nodes are in the graph; of code the name is kept."""
+    try:
+        pickle.dumps(splice.method)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        name = getattr(splice.method, "__qualname__", None) or repr(splice.method)
+        return replace(splice, method=Code(name))
+    return splice
 
 
 # ---------------------------------------------------------------------- what must be true

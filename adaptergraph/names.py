@@ -22,7 +22,7 @@ _IMPORTED = re.compile(r"[\w.]*(?:@\d+)?(?:/\w+)?(?:@\d+)?(?::[\w:]+)?", re.ASCI
 def reserved() -> frozenset[str]:
     """Attributes of the class a graph is lowered to: a child of such a name would replace one of them."""
     own = set(dir(torch.fx.GraphModule)) | set(vars(torch.nn.Module()))
-    return frozenset(own | {"source", "inputs", "_graph", "_code", "meta"})
+    return frozenset(own | {"_source", "_inputs", "_graph", "_code", "meta"})
 
 
 def check_name(name: object, source: Source | None = None) -> str:

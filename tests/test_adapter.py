@@ -210,7 +210,7 @@ def test_dropout_is_between_the_activation_and_up():
     given = randn(4, 8)
     assert torch.equal(model.eval()(given), model(given))
     assert not torch.equal(model.train()(given), model(given))
-    graph = model.source
+    graph = ag.graph_of(model)
     assert graph["adapter.dropout"].inputs == ("adapter.act",)
     assert graph["adapter.up"].inputs == ("adapter.dropout",)
 

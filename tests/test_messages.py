@@ -184,10 +184,10 @@ NAMES = [
         "'__class___' would do",
     ),
     (
-        lambda: ag.relu(x(), name="source"),
+        lambda: ag.relu(x(), name="_source"),
         G,
-        "a node cannot be called 'source': 'source' is an attribute of every module",
-        "'source_' would do",
+        "a node cannot be called '_source': '_source' is an attribute of every module",
+        "'_source_' would do",
     ),
     (
         lambda: x(name="a.b"),

@@ -23,8 +23,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 class Bottleneck:
     """`x + scale · up(act(down(x)))` after a node, as in Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
 
-    A fresh one is the identity, bit for bit: `up` starts at zero, unless `init` says otherwise. With `parallel=True` it stands around a node or
-    container and reads its input: `output + scale · up(act(down(input)))`, He et al. 2022, https://arxiv.org/abs/2110.04366
+    A fresh one is the identity, bit for bit: `up` starts at zero, unless `init` says otherwise. With `parallel=True` it
+    stands around a node or container and reads its input: `output + scale · up(act(down(input)))`, He et al. 2022,
+    https://arxiv.org/abs/2110.04366
 
     Args:
         size: features of the bottleneck; 64 if neither this nor `reduction` is given.
