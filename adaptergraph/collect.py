@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import DuplicateName, GraphError, here
-from .graph import Body, Graph, Splice, prefixes
+from .graph import Body, Graph, Splice
 from .names import check_name, path_of
 from .node import Node, check_present, format_shape
 
@@ -285,7 +285,9 @@ def check(graph: Graph) -> None:
 def _check_children(graph: Graph) -> None:
     """`a.weight` beside a node `a` with a parameter `weight` would replace it, and a tensor has no children."""
     for name, node in graph._nodes.items():
-        for prefix in prefixes(name):
+        prefix = name
+        while "." in prefix:
+            prefix = prefix.rpartition(".")[0]
             owner = graph._nodes.get(prefix)
             if owner is None or (not owner.params and owner.op != "constant"):
                 continue
@@ -324,7 +326,10 @@ def _check_shared(graph: Graph) -> None:
     """Nodes of one module path are calls of one module: `fc` and `fc@1` have one set of weights."""
     owners: dict[str, Node] = {}
     for name, node in graph._nodes.items():
-        first = owners.setdefault(node.path, node)
+        if "@" not in name:
+            continue
+        path = node.path
+        first = owners.setdefault(path, graph._nodes.get(path, node))
         if first is not node and (first.op, dict(first.params), first.options) != (
             node.op,
             dict(node.params),

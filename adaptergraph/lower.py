@@ -47,8 +47,7 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
             _plainly(f"input {name!r} is no tensor")
             what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
             raise GraphError(f"input {name!r} {what}", node=name, hint=f"call model({name}=…)")
-        both_floats = dtype.is_floating_point and value.is_floating_point()
-        if value.dtype != dtype and not (both_floats and torch.is_autocast_enabled(value.device.type)):
+        if value.dtype != dtype and not _cast_later(value, dtype):
             _plainly(f"input {name!r} has another dtype than declared: {dtype}")
             raise ShapeMismatch(
                 f"input {name!r} has another dtype than declared",
@@ -70,6 +69,12 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
                 sides=_both_shapes(shape, value, sizes),
                 hint=f"give a tensor of {len(shape)} dimensions with these sizes; a name is one size in all inputs",
             )
+
+
+def _cast_later(value: Tensor, dtype: torch.dtype) -> bool:
+    """Autocast mends it."""
+    both_floats = dtype.is_floating_point and value.is_floating_point()
+    return both_floats and torch.is_autocast_enabled(value.device.type)
 
 
 def _plainly(message: str) -> None:

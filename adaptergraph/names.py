@@ -14,6 +14,7 @@ import torch.fx
 from .errors import GraphError, Source
 
 SEGMENT = re.compile(r"[A-Za-z0-9_]+")
+_PATH_ENDS = re.compile(r"[@/:]")
 # `<module path>`, then `@2` (a further call), `/add_1` (an operation in its forward), `:hidden` (a further output)
 _IMPORTED = re.compile(r"[\w.]*(?:@\d+)?(?:/\w+)?(?:@\d+)?(?::[\w:]+)?", re.ASCII)
 
@@ -94,4 +95,5 @@ def path_of(name: str) -> str:
     >>> path_of("encoder.dropout@1"), path_of("lstm:1")
     ('encoder.dropout', 'lstm')
     """
-    return re.split(r"[@/:]", name, maxsplit=1)[0]
+    end = _PATH_ENDS.search(name)
+    return name if end is None else name[: end.start()]
