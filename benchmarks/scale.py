@@ -2,10 +2,11 @@
 
     python benchmarks/scale.py [--sizes 1000 10000 50000] [--rounds 60]
 
-The first table: CPU seconds of each verb on declared graphs (a chain of `dense`, `relu`, `add`), the least of three
-runs, and the slope of a straight line through log(seconds) over log(nodes): 1 is linear. Python's garbage collector
-looks at everything there is, torch included, whenever a quarter as much is new; that begins between the sizes, so the
-slope is also given of the time without it. The second: a compiled graph's forward beside the same network written as a
+The first table: CPU seconds of each verb on declared graphs (a chain of `dense`, `relu`, `add`), the least of 3
+to 20 runs, and the slope of a straight line through log(seconds) over log(nodes): 1 is linear. The last row is a bare
+loop: its slope is that of memory which no longer fits the cache. Python's garbage collector looks at everything there
+is, torch included, whenever a quarter as much is new; that begins between the sizes, so the slope is also given of the
+time without it. The second: a compiled graph's forward beside the same network written as a
 plain nn.Module with the same weights, interleaved in one process, CPU time. Last: whether torch.compile takes each
 compiled graph whole.
 """
@@ -53,13 +54,22 @@ class Collector:
             self.seconds += now - self.start
 
 
-def verbs(count, repeat=3):
-    """For each verb on one graph CPU seconds, and how much of it the collector took; the quickest of a few runs."""
+def looked_at(graph):
+    """One loop over the nodes that looks up what each reads: what any verb has to do."""
+    seen = set()
+    for name, node in graph._nodes.items():
+        assert all(value in seen for value in node.inputs)
+        seen.add(name)
+
+
+def verbs(count):
+    """For each verb on one graph CPU seconds, and how much of it the collector took; the quickest of 3 to 20 runs."""
     found = {}
     collector = Collector()
 
     def timed(what, fn):
-        for _ in range(repeat):
+        spent = runs = 0
+        while runs < 3 or (spent < 1 and runs < 20):
             gc.collect()
             collector.seconds = 0.0
             gc.callbacks.append(collector)
@@ -68,6 +78,7 @@ def verbs(count, repeat=3):
             seconds = time.process_time() - start
             gc.callbacks.remove(collector)
             found[what] = min(found.get(what, (math.inf, 0.0)), (seconds, collector.seconds))
+            spent, runs = spent + seconds, runs + 1
         return result
 
     graph = timed("construct", lambda: declared(count))
@@ -81,6 +92,7 @@ def verbs(count, repeat=3):
     timed("from_json", lambda: ag.Graph.from_json(text))
     timed("compile", graph.compile)
     timed("summary", lambda: str(graph.summary()))
+    timed("(a loop over the nodes)", lambda: looked_at(graph))
     return found
 
 
