@@ -10,6 +10,7 @@ from torch import nn
 
 import adaptergraph as ag
 from adaptergraph import Adapter
+from adaptergraph.layers.table import ACTIVATIONS
 from adaptergraph.methods import METHODS
 
 
@@ -130,6 +131,45 @@ def test_outputs_and_gradients_are_those_by_hand(options):
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
     for name, param in model.named_parameters():
         torch.testing.assert_close(param.grad, state[name.removeprefix("adapter.")].grad, rtol=1e-4, atol=1e-3)
+
+
+TORCHS = {
+    "celu": F.celu,
+    "elu": F.elu,
+    "exp": torch.exp,
+    "gelu": F.gelu,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_silu": F.hardswish,
+    "hard_tanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda v: v,
+    "log_sigmoid": F.logsigmoid,
+    "log_softmax": lambda v: F.log_softmax(v, -1),
+    "mish": F.mish,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softmax": lambda v: F.softmax(v, -1),
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_an_adapter_takes_every_activation(name):
+    model = randomised(Adapter.build(8, 4, activation=name).compile())
+    given, s = randn(16, 8), local(model, "adapter.")
+    h = TORCHS[name](given @ s["down.weight"].T + s["down.bias"])
+    torch.testing.assert_close(model(given), given + h @ s["up.weight"].T + s["up.bias"], rtol=1e-5, atol=1e-5)
+    assert ag.Bottleneck(4, activation=name).activation == name
+
+
+def test_every_activation_was_tried():
+    # log_sumexp gives one feature for all
+    assert set(ACTIVATIONS) - set(TORCHS) == {"log_sumexp"}
 
 
 def test_initial_values():

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,31 @@ def test_every_case_is_equal_or_a_deviation(pytestconfig):
 def test_every_deviation_is_in_the_docs():
     text = (Path(__file__).parent.parent / "docs" / "axon.md").read_text()
     assert [n for n in DEVIATIONS if f"`{n}`" not in text] == []
+
+
+# the public functions of Axon 0.8.1
+PUBLIC = """
+input constant container optional or_else block layer param parameter nx stack_columns namespace
+dense bilinear embedding bias conv conv_transpose depthwise_conv separable_conv2d separable_conv3d
+activation celu elu exp gelu hard_sigmoid hard_silu hard_tanh leaky_relu linear log_sumexp log_sigmoid log_softmax mish
+relu relu6 sigmoid silu selu softmax softplus softsign tanh dropout spatial_dropout feature_alpha_dropout alpha_dropout
+max_pool avg_pool lp_pool adaptive_avg_pool adaptive_max_pool adaptive_lp_pool global_avg_pool global_max_pool
+global_lp_pool blur_pool batch_norm instance_norm layer_norm group_norm rms_norm lstm gru conv_lstm mask bidirectional
+add subtract multiply concatenate cond split flatten reshape transpose pad resize map_nodes reduce_nodes rewrite_nodes
+pop_node get_inputs get_output_shape get_op_counts get_parameters get_options set_parameters set_options properties
+attach_hook trace_init trace_forward trace_backward build init compile predict freeze unfreeze as_table as_graph
+"""
+
+
+def test_every_public_function_of_axon_is_in_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "axon.md").read_text()
+    assert [n for n in PUBLIC.split() if not re.search(rf"(?<!\w){n}(?!\w)", text)] == []
+
+
+def test_what_the_docs_call_by_axons_name_is_there():
+    elsewhere = """stack_columns separable_conv3d adaptive_lp_pool global_lp_pool blur_pool conv_lstm parameter
+    get_parameters get_options set_parameters set_options attach_hook trace_init trace_forward trace_backward
+    build init predict as_table as_graph"""
+    graph = set(dir(ag.Graph))
+    missing = {n for n in PUBLIC.split() if not hasattr(ag, n) and n not in graph}
+    assert missing == set(elsewhere.split())
