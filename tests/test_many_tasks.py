@@ -138,3 +138,24 @@ def test_without_a_default_task_a_step_moves_what_has_a_gradient():
     # what docs/training.md warns of: a zero gradient is a gradient
     assert moved("t4", to_none=False) == {"t4"}
     assert moved("t5", to_none=True) == {"t4", "t5"}
+
+
+def everywhere():
+    ids = ag.input("ids", shape=("batch", "seq"), dtype=torch.int64)
+    h = ag.embedding(ids, 10, SIZE, name="embed")
+    h = ag.blocks.transformer_layer(h, 2, 12, name="layer")
+    return ag.Graph(ag.softmax(ag.relu(h, name="act"), name="out")).freeze()
+
+
+@pytest.mark.parametrize("at", ["embed", "layer", "layer.attention", "layer.ffn.up", "layer.norm1", "act", "out"])
+def test_a_switch_after_any_node(at):
+    """With task a it is the graph with the adapter of a alone, with the same values."""
+    methods = {"a": ag.Bottleneck(2), "b": ag.Bottleneck(3, activation="tanh")}
+    model = randomise(everywhere().splice(at, ag.Switch(methods)).compile())
+    ids = torch.randint(10, (3, 4), generator=torch.Generator().manual_seed(0))
+    for task, method in methods.items():
+        state = {n.replace(f".adapter.{task}.", ".adapter."): v for n, v in model.state_dict().items()}
+        alone = everywhere().splice(at, method).compile()
+        alone.load_state_dict({n: state[n] for n in alone.state_dict()})
+        torch.testing.assert_close(model(ids, task=task), alone(ids))
+    assert not torch.equal(model(ids, task="a"), model(ids, task="b"))
