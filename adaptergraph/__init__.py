@@ -11,7 +11,7 @@ from .layers import __all__ as _layers
 from .methods import Bottleneck, Fusion, Stack, Sum, Switch
 from .node import Node
 from .plan import plan_table
-from .select import Selection
+from .select import Selection, span
 from .sites import detach, graph_of
 from .storage import adapter_state, apply, load, save
 from .surgery import Site
@@ -49,6 +49,7 @@ __all__ = [
     "plan_table",
     "save",
     "set_task",
+    "span",
     "task",
     "trace",
     *_layers,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
+from .bodies import Splice
 from .errors import GraphError, here, suggestion
 from .exchange import SpliceText, method_from_json
-from .graph import Graph, Splice
+from .graph import Graph
+from .names import body_name
 from .sites import graph_of
 from .state import load_values
 from .storage import HostText, _check_host, _files, _mismatch, _without_splices
@@ -102,7 +104,7 @@ def _paired(
             here_is = None if name is None else free.pop((name, host)).method.branches[branch]
             if here_is != method:
                 wrong.append((host, f"branch {here_is or 'none'}", f"file {method}"))
-            pairs[f"{host}.{splice.name}."] = f"{host}.{name}.{branch}."
+            pairs[f"{body_name(host, splice.name)}."] = f"{body_name(host, str(name))}.{branch}."
     wrong += [(host, f"branch {splice.method.branches[branch]}", "file none") for (_, host), splice in free.items()]
     if wrong:
         _mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", wrong)

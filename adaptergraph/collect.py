@@ -7,9 +7,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .bodies import Body, Splice
 from .errors import DuplicateName, GraphError, here
-from .graph import Body, Graph, Splice
-from .names import check_name, path_of
+from .graph import Graph
+from .names import body_name, check_name, path_of
 from .node import Node, check_present, format_shape
 
 
@@ -221,7 +222,7 @@ def remaining(splices: Iterable[Splice], bodies: Mapping[str, Body]) -> tuple[Sp
     """The splices whose bodies are still there, each for the hosts that still have it."""
     left = []
     for record in splices:
-        hosts = tuple(h for h in record.hosts if f"{h}.{record.name}" in bodies)
+        hosts = tuple(h for h in record.hosts if body_name(h, record.name) in bodies)
         if hosts == record.hosts:
             left.append(record)
         elif hosts:

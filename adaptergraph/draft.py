@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from .bodies import Body
 from .collect import refuse_taken
 from .errors import BadSplice, Source
-from .graph import Body, Graph
+from .graph import Graph
 from .node import Node
+from .scopes import Scopes
 
 
 class Draft:
@@ -28,28 +30,54 @@ class Draft:
         for body in graph.bodies.values():
             for read, _ in body.calls:
                 self.replacing.setdefault(read, []).append(body.name)
+        self.scopes = Scopes(graph, self.bodies)
+        self.reads: list[tuple[str, str, int]] = []
 
-    def arrived(self, value: str, past: Callable[[Body], bool]) -> str:
-        """What a value becomes after the bodies on it.
+    def at_host(self, host: str, scope: str, value: str) -> str:
+        """What a value of a host becomes after the bodies that are at the host or inside it."""
+
+        def below(body: Body, index: int) -> bool:
+            if body.where == "before":
+                return False
+            if "/" in host:
+                return body.host == host
+            return self.scopes.within(self.scopes.of_body(body, index), scope)
+
+        return self._after(value, below)
+
+    def seen(self, value: str, view: str) -> str:
+        """What a value becomes for those who look from inside a call."""
+        return self._after(value, lambda body, index: self.scopes.replaces_at(body, index, view))
+
+    def _after(self, value: str, past: Callable[[Body, int], bool]) -> str:
+        """A value after the bodies on it.
 
         Two branches that a user wrote over one node replace nothing for each other.
         """
-        while len(names := self.replacing.get(value, [])) == 1 and past(self.bodies[names[0]]):
-            value = dict(self.bodies[names[0]].calls)[value]
-        return value
+        while True:
+            bodies = [self.bodies[n] for n in self.replacing.get(value, ())]
+            found = [(b, i) for b in bodies for i, (read, _) in enumerate(b.calls) if read == value and past(b, i)]
+            written_by_hand = self.graph.imported is None and sum(b.where != "before" for b in bodies) > 1
+            if len(found) != 1 or written_by_hand:
+                return value
+            value = found[0][0].calls[found[0][1]][1]
 
-    def repoint(self, old: str, new: str, only: Callable[[str], bool]) -> None:
+    def repoint(self, old: str, new: str, only: Callable[[str], bool], outputs: bool = True) -> None:
         """Lets readers of one value, the outputs and the bodies that replace it read another value."""
         for reader in [r for r in self.readers[old] if only(r)]:
             node = self.nodes[reader]
             self.nodes[reader] = replace(node, inputs=tuple(new if i == old else i for i in node.inputs))
             del self.readers[old][reader]
             self.readers[new][reader] = None
-        self.outputs = map_outputs(self.outputs, {old: new})
+        if outputs:
+            self.outputs = map_outputs(self.outputs, {old: new})
         for name in self.replacing.pop(old, ()):
             body = self.bodies[name]
-            self.bodies[name] = replace(body, calls=tuple((new if r == old else r, w) for r, w in body.calls))
-            self.replacing.setdefault(new, []).append(name)
+            calls = tuple((new if r == old and only(w) else r, w) for r, w in body.calls)
+            self.bodies[name] = replace(body, calls=calls)
+            for value in (old, new):
+                if any(r == value for r, _ in calls) and name not in self.replacing.get(value, ()):
+                    self.replacing.setdefault(value, []).append(name)
 
     def add(self, node: Node, near: str) -> None:
         name = node.name or ""

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
 from .draft import in_order, map_outputs
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
-from .graph import Body, Graph, leaves, prefixes
+from .graph import Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match

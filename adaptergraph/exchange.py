@@ -13,15 +13,17 @@ from typing import Any, Literal
 import pydantic
 import torch
 
+from .bodies import Body, Splice
 from .collect import Code
 from .errors import GraphError, here, suggestion
-from .graph import Body, Graph, Splice
+from .graph import Graph
 from .imported import Call, Imported, Module
 from .layers.table import OPS, runnable
 from .lower import HALF
 from .methods import METHODS
 from .names import check_imported_name, check_input_name, check_name
 from .node import Node, Param
+from .select import Span
 from .shapes import Spec, Value, infer, uncollected
 
 Name = str
@@ -59,17 +61,23 @@ class BodyText(Strict):
 
     name: Name
     host: Name
-    where: Literal["after", "around"]
+    where: Literal["after", "around", "before"]
     calls: list[tuple[Name, Name]]
+
+
+class SpanText(Strict):
+    """A selector from one host to another."""
+
+    span: tuple[str, str]
 
 
 class SpliceText(Strict):
     """One splice: the selector, the method and the hosts it meant."""
 
-    at: str | list[str]
+    at: str | SpanText | list[str | SpanText]
     method: dict[str, Any]
     name: str = "adapter"
-    where: Literal["after", "around"] = "after"
+    where: Literal["after", "around", "before"] = "after"
     hosts: list[Name] | None = None
 
 
@@ -79,6 +87,8 @@ class CallText(Strict):
     output: Name | None = None
     path: list[str | int] = []
     inputs: list[tuple[str, Name]] = []
+    caller: str = ""
+    parts: list[tuple[str, Name, list[str | int]]] = []
 
 
 class ModuleText(Strict):
@@ -175,10 +185,23 @@ def method_from_json(data: Mapping[str, Any]) -> Any:
     return METHODS[name](**{option: _from_nested(value) for option, value in options.items()})
 
 
+def _selector(at: Any) -> Any:
+    if isinstance(at, Span):
+        return {"span": [at.first, at.last]}
+    return at if isinstance(at, str) else [_selector(entry) for entry in at]
+
+
+def selector_from_json(at: Any) -> Any:
+    """The selector of a splice in a file."""
+    if isinstance(at, SpanText):
+        return Span(*at.span)
+    return at if isinstance(at, str) else [selector_from_json(entry) for entry in at]
+
+
 def splice_to_json(splice: Splice) -> dict[str, Any]:
     """One splice as plain data."""
     return {
-        "at": splice.at,
+        "at": _selector(splice.at),
         "method": method_to_json(splice.method),
         "name": splice.name,
         "where": splice.where,
@@ -238,7 +261,7 @@ def _option(value: Any, node: Node) -> Any:
 
 def _imported_to_json(imported: Imported) -> dict[str, Any]:
     def call(c: Call) -> dict[str, Any]:
-        return {"output": c.output, "path": c.path, "inputs": c.inputs}
+        return {"output": c.output, "path": c.path, "inputs": c.inputs, "caller": c.caller, "parts": c.parts}
 
     return {
         "cls": imported.cls,
@@ -290,7 +313,8 @@ def graph_from_json(text: str) -> Graph:
         outputs=outputs,
         bodies={b.name: Body(b.name, b.host, b.where, tuple((r, w) for r, w in b.calls)) for b in data.bodies},
         splices=tuple(
-            Splice(s.at, method_from_json(s.method), s.name, s.where, tuple(s.hosts or ())) for s in data.splices
+            Splice(selector_from_json(s.at), method_from_json(s.method), s.name, s.where, tuple(s.hosts or ()))
+            for s in data.splices
         ),
         imported=_imported_from_json(imported) if imported is not None else None,
         overrides=data.trained,
@@ -402,7 +426,8 @@ def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node])
 
 def _imported_from_json(data: ImportedText) -> Imported:
     def call(c: CallText) -> Call:
-        return Call(c.output, tuple(c.path), tuple((a, v) for a, v in c.inputs))
+        parts = tuple((label, node, tuple(path)) for label, node, path in c.parts)
+        return Call(c.output, tuple(c.path), tuple((a, v) for a, v in c.inputs), c.caller, parts)
 
     return Imported(
         cls=data.cls,

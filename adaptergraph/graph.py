@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from .bodies import Body, Splice
+from .errors import UnknownNode, here
+from .names import path_of
 from .node import EMPTY, Node, Param
 from .select import Selection, Selector, no_match, select
 from .verbs import Verbs
@@ -24,34 +27,6 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 Outputs: TypeAlias = "str | tuple[Any, ...] | dict[str, Any]"
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """What was added at one site: the nodes called `name.…`, between the value they replace and the value they make.
-
-    Attributes:
-        name: `<host>.<name>`, where its modules live.
-        host: the node or container it was added at.
-        where: `"after"` (replaces the output) or `"around"` (sees the input too, replaces the output).
-        calls: for each call of the host, the value that was replaced and the value that replaces it.
-    """
-
-    name: str
-    host: str
-    where: str
-    calls: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Splice:
-    """One call of `graph.splice`, as asked for: what a file stores, and what `unsplice` undoes."""
-
-    at: Any
-    method: Any
-    name: str
-    where: str
-    hosts: tuple[str, ...]
 
 
 class Diff(NamedTuple):
@@ -135,9 +110,13 @@ class Graph(Verbs):
     # ------------------------------------------------------------------ reading
 
     def __getitem__(self, name: str) -> Node:
-        if name in self._nodes:
-            return replace(self._nodes[name], graph=self)
-        raise no_match(str(name), self.selectable)
+        if name not in self._nodes:
+            # a module or container means its output, of several calls the first one's
+            values = self.calls_of(str(name))
+            if not values:
+                raise UnknownNode(f"{name!r} is never called: it has no output", node=name, source=here())
+            name = values[0]
+        return replace(self._nodes[name], graph=self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._nodes
@@ -176,6 +155,10 @@ class Graph(Verbs):
         names = dict.fromkeys(self._nodes)
         if self.imported is not None:
             names.update(dict.fromkeys(p for p in self.imported.modules if p))
+            for path, module in self.imported.modules.items():
+                if path:
+                    names.update(dict.fromkeys(f"{path}@{i}" for i in range(1, len(module.calls))))
+                    names.update(dict.fromkeys(f"{path}:{label}" for c in module.calls for label, _, _ in c.parts))
         else:
             names.update(dict.fromkeys(self.containers))
         return tuple(names)
@@ -220,10 +203,10 @@ class Graph(Verbs):
 
     @cached_property
     def body_at(self) -> Mapping[str, Body]:
-        """For each value that exactly one body replaces, that body."""
+        """For each value that exactly one body replaces for all that read it, that body."""
         at: dict[str, list[Body]] = {}
         for body in self.bodies.values():
-            for read, _ in body.calls:
+            for read, _ in body.calls if body.where != "before" else ():
                 at.setdefault(read, []).append(body)
         return MappingProxyType({read: bodies[0] for read, bodies in at.items() if len(bodies) == 1})
 
@@ -234,14 +217,21 @@ class Graph(Verbs):
     def value_of(self, name: str) -> Node:
         """The same after the bodies that are there: what the host is worth to those who read it."""
         value = self.output_of(name).name or ""
-        while (body := self.body_at.get(value)) is not None and (body.host + ".").startswith(name + "."):
+        while (body := self.body_at.get(value)) is not None and body.is_below(name):
             value = dict(body.calls)[value]
         return self[value]
 
     def calls_of(self, name: str) -> tuple[str, ...]:
-        """The values a host returns, one for each call; empty for a module that is never called."""
-        if self.imported is not None and name and name in self.imported.modules:
-            return tuple(call.output for call in self.imported.modules[name].calls if call.output)
+        """The values a host gives, one for each call; empty for a module that is never called.
+
+        `name@1` is one call of a module that is called several times, `name:1` or `name:hidden` one of several outputs.
+        """
+        if self.imported is not None:
+            values = self.imported.values(name)
+            if values is not None:
+                return values
+        elif name.endswith("@0") and name[:-2] in self._nodes:
+            return (name[:-2],)
         if name in self._nodes:
             return (name, *self.further_calls.get(name, ()))
         if name in self.containers:
@@ -252,7 +242,9 @@ class Graph(Verbs):
         """What a node or module is: its op, or the class of an imported module."""
         if self.imported is not None and name in self.imported.modules:
             return self.imported.modules[name].cls
-        return self._nodes[name].op if name in self._nodes else "block"
+        if name in self._nodes:
+            return self._nodes[name].op
+        return self.imported.modules[path_of(name)].cls if self.imported is not None else "block"
 
     def select(self, at: Selector) -> Selection:
         """The nodes, modules and containers that a selector means, in topological order.
@@ -335,7 +327,8 @@ class Graph(Verbs):
             at: where, see `select`. A module or container means its output.
             method: what to add: a method such as `ag.Bottleneck(64)`, or any callable `site -> Node`.
             name: the body's modules live at `<host>.<name>`.
-            where: `"after"` or `"around"`; a method knows its own.
+            where: `"after"` (sees the host's output and replaces it), `"around"` (sees its input too) or `"before"`
+                (sees its input and replaces it); a method knows its own.
 
         Raises:
             UnknownNode: the selector, or one entry of it, matches nothing.
@@ -354,7 +347,7 @@ class Graph(Verbs):
 
     def unsplice(self, at: Selector = "**") -> Graph:
         """Takes bodies out again; `at` names bodies or their hosts. `graph.splice(…).unsplice() == graph`."""
-        from .surgery import unsplice
+        from .unsplice import unsplice
 
         return unsplice(self, at)
 

@@ -1,13 +1,12 @@
 """How a module gets bodies without being replaced: its class is swapped for a subclass of the same name. Floor 4.
 
-That subclass has a `forward` of its own: the inner forward runs first (the class's, or one that a library put on the
-instance), then the bodies. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call all see the
-adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
+That subclass has a `forward` of its own: steps on the arguments, the inner forward (the class's, or one that a library
+put on the instance), steps on the output. So hooks, hidden-state capture, checkpointing and a direct `.forward()` call
+all see the adapted value, `isinstance` holds, and no state-dict key changes. All state is plain data on the instance.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import types
@@ -17,25 +16,17 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import frames
 from .errors import BadSplice, GraphError
+from .frames import Key, Token
+from .program import PLAN, Program
+from .steps import Visit, at_entry, at_exit
 
-PLAN = "_adaptergraph_plan"
 # a forward on the instance that takes the place of the class's own; one around ours stays where it is, at "forward"
 INNER = "_adaptergraph_inner"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One body at a host: the child to call, and which arguments of the host it reads beside the output.
-
-    An argument is a position (None if it is given by name only) and a name.
-    """
-
-    child: str
-    arguments: tuple[tuple[int | None, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -43,15 +34,21 @@ class Plan:
     """What a hosted module does beside its own forward.
 
     Attributes:
-        steps: the bodies on its output, in order.
-        path: where in the output the adapted tensor is; empty when the output is the tensor.
+        visits: the steps of a call: one that is meant for every call, or one for each call of a forward.
+        counter: where the calls are counted, if there are several.
+        token: the model whose frames its steps read and write; None if they need none.
+        opens: a frame is open while it runs.
+        program: its forward as lowered code, which stops at operations; None for the module's own.
         hidden: children that iteration over a container skips.
         keeps_statistics: a frozen normalisation layer, which stays in eval.
         around: called with the module and the keyword arguments of each call; gives what the call runs in.
     """
 
-    steps: tuple[Step, ...] = ()
-    path: tuple[str | int, ...] = ()
+    visits: tuple[Visit, ...] = (Visit(),)
+    counter: Key | None = None
+    token: Token | None = None
+    opens: bool = False
+    program: Program | None = None
     hidden: frozenset[str] = field(default_factory=frozenset)
     keeps_statistics: bool = False
     around: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]] | None = None
@@ -131,13 +128,8 @@ def refuse_host(module: nn.Module, name: str) -> None:
     Raises:
         BadSplice: and names the module.
     """
+    refuse_graph_module(module, name)
     cls = _ORIGINAL.get(type(module), type(module))
-    if isinstance(module, fx.GraphModule) and cls.__deepcopy__ is fx.GraphModule.__deepcopy__:  # type: ignore[attr-defined]
-        raise BadSplice(
-            f"{name!r} is an fx.GraphModule, which writes its forward anew when it is copied: a body would be lost",
-            node=name,
-            hint="splice at a module inside it",
-        )
     waiting, seen = ["forward", "__iter__"], set(dir(nn.Module)) - {"forward"}
     while waiting:
         method = waiting.pop()
@@ -153,6 +145,21 @@ def refuse_host(module: nn.Module, name: str) -> None:
                 hint="splice at its last child",
             )
         waiting += names
+
+
+def refuse_graph_module(module: nn.Module, name: str) -> None:
+    """Refuses a module whose forward is written anew with each copy.
+
+    Raises:
+        BadSplice: and names the module.
+    """
+    cls = _ORIGINAL.get(type(module), type(module))
+    if isinstance(module, fx.GraphModule) and cls.__deepcopy__ is fx.GraphModule.__deepcopy__:  # type: ignore[attr-defined]
+        raise BadSplice(
+            f"{name!r} is an fx.GraphModule, which writes its forward anew when it is copied: a body would be lost",
+            node=name,
+            hint="splice at a module inside it",
+        )
 
 
 # what these do with their children is done without the bodies on the swapped class
@@ -180,18 +187,20 @@ def hosted_class(cls: Any, mixin: type = object) -> type:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__.get(PLAN)
-        if plan is not None and plan.around is not None:
+        if plan is None:
+            return inner(self, None, args, kwargs)
+        if plan.around is not None:
             with plan.around(self, kwargs):
-                return run(self, plan, args, kwargs)
-        return run(self, plan, args, kwargs)
+                return run(self, plan, inner, args, kwargs)
+        return run(self, plan, inner, args, kwargs)
 
-    def run(self: Any, plan: Plan | None, args: Any, kwargs: Any) -> Any:
-        inner = self.__dict__.get(INNER)
-        out = cls.forward(self, *args, **kwargs) if inner is None else inner(*args, **kwargs)
-        if plan is not None:
-            for step in plan.steps:
-                out = _adapted(self, step, plan.path, out, args, kwargs)
-        return out
+    def inner(self: Any, plan: Plan | None, args: Any, kwargs: Any) -> Any:
+        own = self.__dict__.get(INNER)
+        if own is not None:
+            return own(*args, **kwargs)
+        if plan is not None and plan.program is not None:
+            return plan.program(self, args, kwargs)
+        return cls.forward(self, *args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
         if "forward" in self.__dict__:
@@ -301,50 +310,41 @@ def _remade(make: Any, args: Any, mixin: type = object) -> Any:
     return module
 
 
-# ---------------------------------------------------------------------- one body on an output
+# ---------------------------------------------------------------------- one call
 
 
-def _adapted(self: Any, step: Step, path: tuple[str | int, ...], out: Any, args: Any, kwargs: Any) -> Any:
-    body = self._modules[step.child]
-    more = [_argument(args, kwargs, i, name) for i, name in step.arguments]
-    if not path:
-        return body(out, *more)
-    return _put(out, path, body(_at(out, path), *more))
+def run(self: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One call of a hosted module."""
+    if plan.token is None:
+        return _visit(self, plan, inner, args, kwargs)
+    frames.keep_for_recompute()
+    if not plan.opens:
+        return _visit(self, plan, inner, args, kwargs)
+    outer = frames.HERE.frame
+    frames.HERE.frame = frames.Frame(plan.token, outer)
+    try:
+        return _visit(self, plan, inner, args, kwargs)
+    finally:
+        frames.HERE.frame = outer
 
 
-def _argument(args: Any, kwargs: Any, position: int | None, name: str) -> Any:
-    if position is not None and position < len(args):
-        return args[position]
-    if name in kwargs:
-        return kwargs[name]
-    raise GraphError(
-        f"a body reads the argument {name!r} of its host, which this call does not give",
-        hint="trace the model with the arguments that it is called with now",
-    )
-
-
-def _at(out: Any, path: tuple[str | int, ...]) -> Any:
-    for key in path:
-        if isinstance(out, Tensor):
-            raise GraphError(
-                "a module with a body returned a tensor where it returned a structure when it was traced",
-                hint="trace it with the arguments that it is called with now",
-            )
-        out = getattr(out, key[1:]) if isinstance(key, str) and key.startswith(".") else out[key]
+def _visit(self: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    token = plan.token
+    visit = plan.visits[0] if plan.counter is None else _counted(plan, plan.counter)
+    for step in visit.entry:
+        args, kwargs = at_entry(self, token, step, args, kwargs)
+    out = inner(self, plan, args, kwargs)
+    for step in visit.exit:
+        out = at_exit(self, token, step, out, args, kwargs)
     return out
 
 
-def _put(out: Any, path: tuple[str | int, ...], value: Any) -> Any:
-    """The same structure with one tensor replaced."""
-    key, rest = path[0], path[1:]
-    new = _put(_at(out, (key,)), rest, value) if rest else value
-    if isinstance(out, tuple):
-        items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
-        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
-    if isinstance(key, str) and key.startswith("."):
-        if out.__dataclass_params__.frozen:
-            return dataclasses.replace(out, **{key[1:]: new})
-        setattr(out, key[1:], new)
-    else:
-        out[key] = new
-    return out
+def _counted(plan: Plan, counter: Key) -> Visit:
+    number = frames.count(plan.token, counter)
+    if number >= len(plan.visits):
+        raise GraphError(
+            f"{counter.name!r} is called more often than in the traced forward: {len(plan.visits)} times",
+            node=counter.name,
+            hint="trace the model with the arguments that it is called with now",
+        )
+    return plan.visits[number]

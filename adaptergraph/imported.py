@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .names import path_of
 from .node import Param
 
 if TYPE_CHECKING:
     import torch
 
+Path: TypeAlias = "tuple[str | int, ...]"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: where its first float tensor sits in what it returned, and which node that is."""
+    """One call of a module.
+
+    Attributes:
+        output: the node of the first float tensor it returned.
+        path: where that tensor sits in what it returned; empty when it returned a tensor.
+        inputs: the float tensors among its arguments: name of the argument, and node.
+        caller: the call that made it, as `path` or `path@1`; `""` is the model's own.
+        parts: the tensors in what it returned that are read: label, node, and where it sits; none for one tensor.
+    """
 
     output: str | None
-    path: tuple[str | int, ...] = ()
+    path: Path = ()
     inputs: tuple[tuple[str, str], ...] = ()
+    caller: str = ""
+    parts: tuple[tuple[str, str, Path], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,7 @@ class Imported:
         params: shape and dtype of every parameter by its first name.
         tied: further names of tied parameters, and the first name of each.
         readers: for a parameter that no module of its own reads, the node that does.
-        scopes: for each node the module whose forward runs it.
+        scopes: for each node the call whose forward runs it, as `path` or `path@1`.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
         host: the model; None for a graph from a file.
@@ -53,6 +66,33 @@ class Imported:
     scopes: Mapping[str, str] = field(default_factory=dict)
     example: Any = None
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)
+
+    def call(self, scope: str) -> Call:
+        """The call of a module that is written `path` or `path@1`."""
+        _, at, index = scope.partition("@")
+        return self.modules[path_of(scope)].calls[int(index) if at else 0]
+
+    def values(self, name: str) -> tuple[str, ...] | None:
+        """What a module, one of its calls (`name@1`) or one of its outputs (`name:1`) gives; None if it is none."""
+        path = path_of(name)
+        module, part = self.modules.get(path) if path else None, name[len(path) :]
+        if module is None or "/" in part:
+            return None
+        call, _, label = part.partition(":")
+        index = call.removeprefix("@")
+        if call and (not index.isdecimal() or int(index) >= len(module.calls)):
+            return None
+        calls = module.calls[int(index) : int(index) + 1] if call else module.calls
+        if not label:
+            return tuple(c.output for c in calls if c.output)
+        return tuple(node for c in calls for own, node, _ in c.parts if own == label) or None
+
+    def around(self, scope: str) -> Iterator[str]:
+        """A call, the call that made it, and so on up to the model's own, which is `""`."""
+        yield scope
+        while scope:
+            scope = self.call(scope).caller
+            yield scope
 
     def without_host(self) -> Imported:
         """The same without the model: for pickle and files."""

@@ -89,6 +89,20 @@ def _reserved(segment: str) -> str | None:
     return None
 
 
+def body_name(host: str, name: str) -> str:
+    """Where the modules of a body live: below its host, or for a part of a module beside the module's own children.
+
+    >>> body_name("layer.0.fc", "adapter"), body_name("layer.0/add_1", "adapter")
+    ('layer.0.fc.adapter', 'layer.0.adapter_add_1')
+    >>> body_name("shared@1", "adapter"), body_name("lstm:1:0", "adapter")
+    ('shared.adapter_call1', 'lstm.adapter_out1_0')
+    """
+    path = path_of(host)
+    part = re.sub(r":(?=\d)", ":out", host[len(path) :], count=1)
+    part = re.sub(r"[/:]", "_", part.replace("@", "_call"))
+    return f"{path}.{name}{part}" if path else f"{name}{part}"
+
+
 def path_of(name: str) -> str:
     """The module path in a node's name: without the call, the operation and the output.
 

@@ -57,6 +57,16 @@ class _Frame:
     calls_children: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class Made:
+    """One call of a module that returned: who made it, where its first float tensor sits, all it returned and read."""
+
+    caller: str
+    first: tuple[Any, ...] | None
+    parts: list[tuple[tuple[Any, ...], tuple[Record, Any]]]
+    inputs: list[tuple[str, Any]]
+
+
 class Recorder:
     """The events of one run, and which event each tensor came from."""
 
@@ -117,7 +127,7 @@ class Recorder:
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
-        versions = {id(t): _version(t) for _, t in tensors((args, kwargs))}
+        versions = {id(t): version(t) for _, t in tensors((args, kwargs))}
         self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -143,9 +153,9 @@ class Recorder:
                 if id(tensor) not in self.values:
                     self.passed_on(tensor, frame, caller, given)
         inputs = self.float_inputs(module, args, kwargs, frame)
-        first = next(((p, t) for p, t in outs if t.dtype.is_floating_point), None)
-        path, found = (None, None) if first is None else (first[0], self.values[id(first[1])])
-        self.calls[frame.path][frame.index] = (found, path, inputs)
+        first = next((p for p, t in outs if t.dtype.is_floating_point), None)
+        parts = [(p, self.values[id(t)]) for p, t in outs]
+        self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
         return output
 
     def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
@@ -189,7 +199,7 @@ class Recorder:
             if isinstance(v, Tensor)
             and v.dtype.is_floating_point
             and id(v) in self.values
-            and _version(v) == frame.versions.get(id(v))
+            and version(v) == frame.versions.get(id(v))
         ]
 
     def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -197,14 +207,14 @@ class Recorder:
         if self.paused:
             return func(*args, **kwargs)
         given = [t for _, t in tensors((args, kwargs))]
-        versions = [_version(t) for t in given]
+        versions = [version(t) for t in given]
         result = func(*args, **kwargs)
-        mutated = [t for t, v in zip(given, versions, strict=True) if _version(t) != v]
+        mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
         outs = list(tensors(result))
         if not outs and not mutated:
             return result
         frame = self.frames[-1]
-        record = Record("op", _op_name(func), frame.scope)
+        record = Record("op", op_name(func), frame.scope)
         for tensor in given:
             if id(tensor) in self.values:
                 record.reads.append(self.values[id(tensor)])
@@ -260,7 +270,8 @@ class Operations(TorchFunctionMode):
         return self.recorder.operation(func, args, kwargs or {})
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -292,7 +303,8 @@ def _extent(tensor: Tensor) -> tuple[Any, Any]:
     return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
 
 
-def _op_name(func: Any) -> str:
+def op_name(func: Any) -> str:
+    """What an operation is called in a graph."""
     name = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "get")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,11 +14,44 @@ from .node import Node
 if TYPE_CHECKING:
     from .graph import Graph
 
-Entry: TypeAlias = "str | Callable[[Node], bool] | Node | Selection"
+Entry: TypeAlias = "str | Callable[[Node], bool] | Node | Selection | Span"
 Selector: TypeAlias = "Entry | Sequence[Entry]"
 
 _TOKEN = re.compile(r"\*\*|\*|\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]|[^*{}\[\]]+")
 _RANGE = re.compile(r"(\d+)(?:\.\.|-)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A site from the input of one host to the output of another; made by `ag.span`."""
+
+    first: str
+    last: str
+
+    def __repr__(self) -> str:
+        return f"ag.span({self.first!r}, {self.last!r})"
+
+
+def span(first: str, last: str) -> Span:
+    """A selector for a site that begins before one host and ends after another, as around a whole feed-forward.
+
+    A body there reads the input of `first` and stands at the output of `last`: a parallel adapter around two layers.
+    With patterns the hosts are paired in order, so both must select equally many.
+
+    Raises:
+        GraphError: it is not given two strings.
+
+    >>> import adaptergraph as ag
+    >>> x = ag.input("x", shape=("batch", 8))
+    >>> graph = ag.Graph(ag.dense(ag.relu(ag.dense(x, 16, name="up")), 8, name="down")).freeze()
+    >>> parallel = graph.splice(ag.span("up", "down"), ag.Bottleneck(2, parallel=True))
+    >>> parallel["down.adapter.down"].inputs
+    ('x',)
+    """
+    for value in (first, last):
+        if not isinstance(value, str):
+            raise GraphError(f"span takes the names or patterns of two hosts, not {value!r}", source=here())
+    return Span(first, last)
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +220,7 @@ def entries_of(at: Any) -> list[Any]:
         GraphError: it is none of these.
         UnknownNode: the list is empty.
     """
-    if isinstance(at, str | Node | Selection) or callable(at):
+    if isinstance(at, str | Node | Selection | Span) or callable(at):
         return [at]
     if not isinstance(at, Iterable):
         raise GraphError(f"a selector is a string, a predicate or a list of these, not {at!r}", source=here())
@@ -216,6 +250,8 @@ def in_graph_order(graph: Graph, names: Iterable[str], text: str) -> Selection:
 
 def hits(graph: Graph, entry: Any) -> list[str]:
     """The names that one entry of a selector means."""
+    if isinstance(entry, Span):
+        entry = entry.last
     if isinstance(entry, Node):
         entry = entry.name
     if isinstance(entry, Selection):

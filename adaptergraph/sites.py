@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,22 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bodies import Body
 from .errors import BadSplice, GraphError, StateMismatch, here
-from .graph import Body, Graph
+from .examples import arguments_of
+from .frames import Token
+from .graph import Graph
 from .hosted import (
-    Step,
     add_child,
     has_other_class,
     host,
     hosted_class,
     keep_frozen_statistics,
     plan_of,
+    refuse_graph_module,
     refuse_host,
     unhost,
 )
-from .imported import Call
 from .lower import CompiledGraph, body_graph, lower
+from .names import path_of
 from .node import Param
+from .program import Program, Unlowered, lowered
+from .routes import routes_of
 from .switch import Switch
 
 _ATTACHED = "_adaptergraph"
@@ -73,14 +77,20 @@ def attach(
         BadSplice: a body cannot be attached.
     """
     assert graph.imported is not None
-    steps = {name: _step(model, graph, body) for name, body in graph.bodies.items()}
+    for body in graph.bodies.values():
+        _check_owner(model, body)
+    routes = routes_of(graph, model) if graph.bodies else {}
+    for path in routes:
+        refuse_graph_module(model.get_submodule(path), path)
+        hosted_class(type(model.get_submodule(path)))
+    programs = _programs(model, graph, {p: r.operations for p, r in routes.items() if r.operations})
     made = {
         name: lower(
             body_graph(graph, name),
             seed=seed,
             prefix=f"{name}.",
             checked=False,
-            device=device or _device(model, body.host),
+            device=device or _device(model, path_of(body.host)),
             dtype=dtype,
         )
         for name, body in graph.bodies.items()
@@ -92,36 +102,35 @@ def attach(
     if keep:
         changing = {n: p for n, p in own.items() if graph.trained.get(n, False)} | dict(model.named_buffers())
         record.before = {n: v.detach().clone() for n, v in changing.items()}
-    _attach(model, record, steps, made)
-    model.__dict__[_ATTACHED] = record
-
-
-def _attach(
-    model: nn.Module, record: Attachment, steps: Mapping[str, Step], made: Mapping[str, CompiledGraph | Switch]
-) -> None:
-    graph = record.graph
-    assert graph.imported is not None
     plain = [n for n, m in model.named_modules() if plan_of(m) is None]
     keep_frozen_statistics(model, graph.trained, frozen=True)
     for body in graph.bodies.values():
-        module, child = model.get_submodule(body.host), made[body.name]
-        plan = host(module)
-        plan.path = graph.imported.modules[body.host].calls[0].path
-        plan.steps = (*plan.steps, steps[body.name])
-        add_child(module, steps[body.name].child, child)
-        keep_frozen_statistics(child, {n: graph.trained[f"{body.name}.{n}"] for n, _ in child.named_parameters()})
-        child.train(module.training)
-        _turn_off_fused_paths(model, body.host, record)
+        _add(model, graph, body, made[body.name])
+    token = Token()
+    for path, route in routes.items():
+        plan = host(model.get_submodule(path))
+        plan.visits, plan.counter, plan.opens = route.visits, route.counter, route.opens
+        plan.token = token if route.framed else None
+        plan.program = programs.get(path)
+        if path:
+            _turn_off_fused_paths(model, path, record)
     record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(graph.trained[name])
+    model.__dict__[_ATTACHED] = record
 
 
-def _step(model: nn.Module, graph: Graph, body: Body) -> Step:
-    """What a host is to do for a body, or why it cannot."""
-    assert graph.imported is not None
-    module = model.get_submodule(body.host)
-    name = body.name.removeprefix(body.host + ".")
+def _add(model: nn.Module, graph: Graph, body: Body, child: CompiledGraph | Switch) -> None:
+    """Makes a body a child of the module that it is at."""
+    owner = model.get_submodule(path_of(body.host))
+    add_child(owner, body.child, child)
+    keep_frozen_statistics(child, {n: graph.trained[f"{body.name}.{n}"] for n, _ in child.named_parameters()})
+    child.train(owner.training)
+
+
+def _check_owner(model: nn.Module, body: Body) -> None:
+    """Whether a module can have a body as its child."""
+    module, name = model.get_submodule(path_of(body.host)), body.child
     if name in module.__dict__ or any(hasattr(t, name) for t in (module, type(module))):
         raise BadSplice(
             f"{body.host!r} ({type(module).__name__}) has an attribute {name!r} already",
@@ -130,43 +139,45 @@ def _step(model: nn.Module, graph: Graph, body: Body) -> Step:
             hint=f"call the body something else: graph.splice(…, name={name + '_2'!r})",
         )
     refuse_host(module, body.host)
-    hosted_class(type(module))
-    calls = graph.imported.modules[body.host].calls
-    if len({call.path for call in calls}) > 1:
-        raise BadSplice(
-            f"{body.host!r} returns another structure from call to call: a body cannot find its tensor",
-            node=body.name,
-            source=here(),
-        )
-    return Step(name, _arguments(module, graph, body, calls[0]))
 
 
-def _arguments(module: nn.Module, graph: Graph, body: Body, call: Call) -> tuple[tuple[int | None, str], ...]:
-    """Where a body finds the host's inputs that it reads: position and name in the host's own arguments."""
-    read = body.calls[0][0]
-    nodes = [n for n in graph.nodes() if n.body == body.name and "@" not in (n.name or "")]
-    outside = dict.fromkeys(i for n in nodes for i in n.inputs if graph._nodes[i].body != body.name and i != read)
-    # an input may pass other bodies on its way here
-    before = {written: value for b in graph.bodies.values() for value, written in b.calls}
-    parameters = inspect.signature(module.forward).parameters
-    found = []
-    for value in outside:
-        while value in before:
-            value = before[value]
-        argument = next(a for a, v in call.inputs if v == value)
-        found.append((_position(parameters, argument), argument))
-    return tuple(found)
+def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[str, int]]) -> dict[str, Program]:
+    """The lowered forwards of the modules that stop at operations.
+
+    Raises:
+        BadSplice: a forward cannot be lowered; the places that work are named.
+    """
+    assert graph.imported is not None
+    if not operations:
+        return {}
+    if graph.imported.example is None:
+        path, names = next(iter(operations.items()))
+        raise _unreached(graph, path, names, "the model was traced with arguments that cannot be made again")
+    given = arguments_of(model, graph.imported.example, operations)
+    programs = {}
+    for path, names in operations.items():
+        module = model.get_submodule(path)
+        try:
+            if "forward" in module.__dict__:
+                raise Unlowered("a library replaced it")
+            programs[path] = lowered(module, names, *given[path])
+        except Unlowered as error:
+            raise _unreached(graph, path, names, str(error)) from None
+    return programs
 
 
-def _position(parameters: Mapping[str, inspect.Parameter], argument: str) -> int | None:
-    for index, (name, parameter) in enumerate(parameters.items()):
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
-            return None
-        if name == argument:
-            return index
-        if parameter.kind is parameter.VAR_POSITIONAL and argument.removeprefix(f"{name}_").isdigit():
-            return index + int(argument.removeprefix(f"{name}_"))
-    return None
+def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str) -> BadSplice:
+    assert graph.imported is not None
+    operation = f"{path}/{next(iter(names))}"
+    around = [n for n in graph.consumers.get(operation, ()) if "/" not in n and graph._nodes[n].body is None]
+    places = [repr(n) for n in dict.fromkeys([*around, *([path] if path else [])])][:3]
+    return BadSplice(
+        f"{operation!r} is an operation inside a forward that cannot be reached",
+        node=operation,
+        sides=[("forward of", path or graph.imported.cls, why)],
+        source=here(),
+        hint="splice at a module" + (f" near it: {', '.join(places)}" if places else ""),
+    )
 
 
 def _device(model: nn.Module, path: str) -> torch.device | None:
@@ -297,12 +308,11 @@ def detach(model: nn.Module) -> nn.Module:
     for name, used in record.nested.items():
         model.get_submodule(name).use_nested_tensor = used  # type: ignore[assignment]
     for body in record.graph.bodies.values():
-        owner, child = model.get_submodule(body.host), body.name.removeprefix(body.host + ".")
+        owner = model.get_submodule(path_of(body.host))
         plan = plan_of(owner)
-        assert plan is not None
-        plan.steps = tuple(step for step in plan.steps if step.child != child)
-        plan.hidden -= {child}
-        owner._modules.pop(child, None)
+        if plan is not None:
+            plan.hidden -= {body.child}
+        owner._modules.pop(body.child, None)
     for name in record.hosts:
         unhost(model.get_submodule(name))
     _give_back(model, record)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraphError, StateMismatch, here, nearest
-from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, splice_to_json
+from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .graph import Graph
+from .hosts import hosts_of
+from .names import body_name
 from .sites import attachment, graph_of
 from .state import load_values
 from .trace import trace
@@ -111,14 +113,15 @@ def apply(graph: Graph, recipe: str | Path | Mapping[str, Any]) -> Graph:
 
 def _apply(graph: Graph, data: AdapterText) -> Graph:
     for item in data.splices:
-        hosts = tuple(graph.select(item.at))
+        at = selector_from_json(item.at)
+        hosts = tuple(hosts_of(graph, at, item.where, here()))
         if item.hosts is not None and hosts != tuple(item.hosts):
             raise StateMismatch(
                 f"the selector {item.at!r} means other nodes here than where the adapter was made",
                 sides=[("there", ", ".join(item.hosts)), ("here", ", ".join(hosts))],
                 source=here(),
             )
-        graph = graph.splice(item.at, method_from_json(item.method), name=item.name, where=item.where)
+        graph = graph.splice(at, method_from_json(item.method), name=item.name, where=item.where)
     bodies = [n for n in data.frozen if n in graph.body_params]
     if data.unfrozen:
         graph = graph.unfreeze(data.unfrozen)
@@ -326,7 +329,7 @@ def _fitting(graph: Graph, data: AdapterText) -> Graph:
 
 def _without_splices(graph: Graph) -> Graph:
     """The graph that was spliced; bodies that were declared by hand are part of it."""
-    bodies = [f"{host}.{splice.name}" for splice in graph.splices for host in splice.hosts]
+    bodies = [body_name(host, splice.name) for splice in graph.splices for host in splice.hosts]
     return graph.unsplice(bodies) if bodies else graph
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .collect import remaining, unnamed
-from .draft import Draft, in_order, map_outputs
-from .errors import BadSplice, GraphError, ShapeMismatch, Source, UnknownNode, here
-from .graph import Body, Graph, Splice, leaves
-from .names import check_name
+from .bodies import Body, Splice
+from .collect import unnamed
+from .draft import Draft, in_order
+from .errors import BadSplice, GraphError, ShapeMismatch, Source, here
+from .graph import Graph
+from .hosts import hosts_of, starts_of
+from .names import body_name, check_name, path_of
 from .node import EMPTY, Node, format_shape
-from .select import Selection, Selector, entries_of, hits, in_graph_order, is_pattern, match
+from .select import Selector, Span, entries_of
 
-WHERE = ("after", "around")
-NO_PLACE = ("input", "output", "param", "constant")
+WHERE = ("after", "around", "before")
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,11 @@ class Site:
 
     Attributes:
         name: the host.
-        output: the host's value, after the bodies that are already there.
+        output: the value that the body replaces, after the bodies that are already there: the host's output, or with
+            `where="before"` its input.
         graph: the graph before this splice, for reading earlier nodes.
-        inputs: the float tensors the host reads, by name of argument; only with `where="around"`.
+        inputs: the float tensors the host reads, by name of argument; not with `where="after"`.
+        where: `"after"`, `"around"` or `"before"`.
     """
 
     name: str
@@ -40,27 +44,38 @@ class Site:
 
     @property
     def input(self) -> Node:
-        """The one float tensor the host reads.
+        """The float tensor the host reads; of several the one that has as many dimensions as its output.
 
         Raises:
             BadSplice: it reads none, or several: use `site.inputs[name]`.
         """
-        if len(self.inputs) == 1:
-            return next(iter(self.inputs.values()))
-        if self.where != "around":
-            raise BadSplice(
-                f"a body {self.where!r} {self.name!r} sees its output only",
-                node=self.name,
-                source=self.source,
-                hint="graph.splice(…, where='around') gives it the input too",
-            )
+        return main_input(self.name, self.where, self.inputs, self.output, self.source)[1]
+
+
+def main_input(
+    host: str, where: str, inputs: Mapping[str, Node], output: Node, source: Source | None
+) -> tuple[str, Node]:
+    """The argument and value that a host works on. Raises: BadSplice, it reads none or several."""
+    found = dict(inputs)
+    if len(found) > 1:
+        rank = len(output.shape or ())
+        found = {name: node for name, node in found.items() if len(node.shape or ()) == rank}
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if where == "after":
         raise BadSplice(
-            f"the host {self.name!r} reads {len(self.inputs)} float tensors, so its input is not one of them",
-            node=self.name,
-            sides=[(name, node.name or "", format_shape(node.shape)) for name, node in self.inputs.items()],
-            source=self.source,
-            hint="say which: site.inputs[name]" if self.inputs else "splice after an earlier node",
+            f"a body 'after' {host!r} sees its output only",
+            node=host,
+            source=source,
+            hint="graph.splice(…, where='around') gives it the input too",
         )
+    raise BadSplice(
+        f"the host {host!r} reads {len(inputs)} float tensors, so its input is not one of them",
+        node=host,
+        sides=[(name, node.name or "", format_shape(node.shape)) for name, node in inputs.items()],
+        source=source,
+        hint="say which: site.inputs[name]" if inputs and where == "around" else "splice after an earlier node",
+    )
 
 
 def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None) -> Graph:
@@ -75,19 +90,20 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
             source=source,
             hint=f"make one of it: {method.__name__}(…)" if isinstance(method, type) else None,
         )
-    where = where or getattr(method, "where", "after")
-    if where not in WHERE:
-        raise BadSplice(f"a body can be 'after' or 'around' its host, not {where!r}", source=source)
-    hosts = _hosts(graph, at, source)
+    where = _where(at, where or getattr(method, "where", "after"), source)
+    starts = starts_of(graph, at, source)
+    hosts = hosts_of(graph, at, where, source)
     draft = Draft(graph)
     for host in hosts:
-        _attach(draft, host, apply, name, where, source)
+        _Splicing(draft, host, starts.get(host), name, where, source).attach(apply)
     texts = entries_of(at)
-    plain = all(isinstance(entry, str) for entry in texts)
-    kept = at if isinstance(at, str) else texts if plain else list(hosts)
+    plain = all(isinstance(entry, str | Span) for entry in texts)
+    kept = at if isinstance(at, str | Span) else texts if plain else list(hosts)
     record = Splice(kept, method, name, where, tuple(hosts))
+    nodes = in_order(draft.nodes, draft.ordered(), source)
+    _refuse_late(draft, source)
     return graph._with(
-        nodes=in_order(draft.nodes, draft.ordered(), source),
+        nodes=nodes,
         outputs=draft.outputs,
         bodies=draft.bodies,
         splices=(*graph.splices, record),
@@ -95,240 +111,269 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     )
 
 
+def _where(at: Selector, where: Any, source: Source | None) -> str:
+    if where not in WHERE:
+        raise BadSplice(f"a body can be 'after', 'around' or 'before' its host, not {where!r}", source=source)
+    spans = [entry for entry in entries_of(at) if isinstance(entry, Span)]
+    if spans and where != "around":
+        raise BadSplice(
+            f"a body {where!r} the end of {spans[0]} never reads its start",
+            source=source,
+            hint=f"splice at {spans[0].last!r}, or use a method that reads its input, or where='around'",
+        )
+    return where
+
+
 def _frozen(draft: Draft, splice: Splice) -> dict[str, bool]:
     """The parameters of new bodies that their method wants frozen: paths below the body."""
     parts = getattr(splice.method, "frozen", ())
-    below = tuple(f"{host}.{splice.name}.{part}." for host in splice.hosts for part in parts)
-    new = {f"{host}.{splice.name}" for host in splice.hosts} if parts else set()
+    new = {body_name(host, splice.name) for host in splice.hosts} if parts else set()
+    below = tuple(f"{body}.{part}." for body in new for part in parts)
     params = (p for node in draft.nodes.values() if node.body in new for p in node.param_names())
     return {p: False for p in params if p.startswith(below)}
 
 
-def _hosts(graph: Graph, at: Selector, source: Source | None) -> Selection:
-    """The hosts of a splice: a name is taken at its word, a pattern or predicate means only what can be a host."""
-    found: list[str] = []
-    for entry in entries_of(at):
-        names = hits(graph, entry)
-        if (isinstance(entry, str) and is_pattern(entry)) or callable(entry):
-            hosts = [n for n in names if _is_place(graph, n)]
-            if not hosts:
-                raise BadSplice(
-                    f"{repr(entry) if isinstance(entry, str) else 'the predicate'} selects no place for a body",
-                    sides=[("selected", n, graph.op_of(n)) for n in names[:6]],
-                    source=source,
-                    hint="splice at a layer",
-                )
-            names = hosts
-        found += names
-    selected = in_graph_order(graph, found, "the selector")
-    _refuse(graph, selected, source)
-    return selected
+class _Splicing:
+    """One body being put at one host: once for each call of the host, with the same parameters."""
 
+    def __init__(
+        self, draft: Draft, host: str, start: str | None, name: str, where: str, source: Source | None
+    ) -> None:
+        self.draft = draft
+        self.host = host
+        self.start = start
+        self.body = body_name(host, name)
+        self.where = where
+        self.source = source
+        self.calls: list[tuple[str, str]] = []
+        self.argument = ""
+        self.given: dict[str, str] = {}
 
-def _is_place(graph: Graph, name: str) -> bool:
-    node = graph._nodes.get(name)
-    if node is None:
-        return True
-    return node.op not in NO_PLACE and node.body is None and node.shape is not None and "@" not in name
+    def attach(self, apply: Any) -> None:
+        """Adds the nodes of the body, and lets those who read its host's value read its own."""
+        draft, host = self.draft, self.host
+        self.refuse_taken()
+        first: dict[str, Node] = {}
+        values = draft.graph.calls_of(host)
+        for index, scope in enumerate(draft.scopes.of_host(host)):
+            inputs = self.inputs(index)
+            value = self.replaced(values[index], scope, inputs)
+            if index == 0:
+                new = self.apply(value, inputs, apply)
+                first = {n.name or "": n for n in new}
+                self.given = {a: n.name or "" for a, n in inputs.items()}
+                written = new[-1].name or ""
+            else:
+                new, written = self.again(first, value, inputs, index)
+            for node in new:
+                draft.add(node, value)
+            draft.repoint(value, written, self.readers(scope, {node.name for node in new}), self.where != "before")
+            self.calls.append((value, written))
+            self.late(scope, value, new)
+            draft.bodies[self.body] = Body(self.body, host, self.where, tuple(self.calls))
+            draft.replacing.setdefault(value, []).append(self.body)
 
-
-def _refuse(graph: Graph, hosts: Iterable[str], source: Source | None) -> None:
-    """Refuses hosts at which a body would never run, with the places that work."""
-    for host in hosts:
-        node = graph._nodes.get(host)
-        if node is not None and node.body is not None:
+    def refuse_taken(self) -> None:
+        body, draft = self.body, self.draft
+        if body in draft.bodies or body in draft.nodes:
             raise BadSplice(
-                f"{host!r} belongs to the body {node.body!r}",
-                node=host,
-                source=source,
-                hint=f"splice at its host: {graph.bodies[node.body].host!r}",
-            )
-        if graph.imported is not None and (node is None or node.op not in ("input", "output")):
-            _refuse_imported(graph, host, source)
-        elif node is not None and node.op in NO_PLACE and (node.op != "input" or graph.imported is not None):
-            raise BadSplice(
-                f"{host!r} is of the kind {node.op!r}: a body is added at a layer",
-                node=host,
-                source=source,
-                hint="splice at a layer that reads it",
-            )
-        elif node is not None and "@" in host:
-            raise BadSplice(
-                f"{host!r} is a further call of {node.path!r}: a body is added at all its calls",
-                node=host,
-                source=source,
-                hint=f"splice at {node.path!r}",
-            )
-        elif node is not None and node.shape is None:
-            raise BadSplice(
-                f"{host!r} gives no single tensor: a body has nothing to work on",
-                node=host,
-                source=source,
-                hint="splice at a node that reads it",
+                f"there is a {'body' if body in draft.bodies else 'node'} {body!r} already",
+                node=body,
+                source=self.source,
+                hint="give this one another name="
+                + (f", or take it out first: graph.unsplice({body!r})" if body in draft.bodies else ""),
             )
 
+    def replaced(self, output: str, scope: str, inputs: Mapping[str, Node]) -> str:
+        """The value that the body stands for: what its host gives, or with `before` what it is given."""
+        if self.where != "before":
+            return self.draft.at_host(self.host, scope, output)
+        result = self.draft.nodes[output]
+        if self.argument:
+            return inputs[self.argument].name or ""
+        self.argument, node = main_input(self.host, self.where, inputs, result, self.source)
+        return node.name or ""
 
-def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
-    assert graph.imported is not None
-    if "/" in host or "@" in host:
-        around = graph.imported.scopes.get(host) or host.partition("/")[0].partition("@")[0]
-        raise BadSplice(
-            f"{host!r} is an operation or one call inside a forward: no body can be attached there",
-            node=host,
-            source=source,
-            hint=f"splice at the module around it: {around!r}" if around else "splice at a module inside the model",
-        )
-    module = graph.imported.modules.get(host)
-    if module is None:
-        raise BadSplice(
-            f"{host!r} is the model itself: bodies are added at modules inside it",
-            node=host,
-            source=source,
-            hint="trace it inside another module: nn.Sequential(model)",
-        )
-    if not module.calls:
-        raise _never_called(graph, host, source)
-    if not all(call.output for call in module.calls):
-        raise BadSplice(
-            f"{host!r} ({module.cls}) returns no float tensor: a body has nothing to work on",
-            node=host,
-            source=source,
-        )
+    def readers(self, scope: str, own: set[str | None]) -> Callable[[str], bool]:
+        """Which readers of the replaced value read the new one."""
+        draft, before = self.draft, self.where == "before"
+        if "/" in self.host:
+            return lambda name: name not in own
 
+        def wanted(name: str) -> bool:
+            return name not in own and before == draft.scopes.is_inside(draft.nodes[name], scope, self.where)
 
-def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
-    assert graph.imported is not None
-    own = [p for p in graph.imported.params if p.startswith(host + ".")]
-    reader = next((graph.imported.readers[p] for p in own if p in graph.imported.readers), None)
-    why = f"; its {own[0].rpartition('.')[2]} is read by {reader!r}" if reader else ""
-    parent = host.rpartition(".")[0]
-    other = f", or splice at {parent!r}" if parent else ""
-    return BadSplice(
-        f"{host!r} ({graph.imported.modules[host].cls}) is never called{why}: a body there would never run",
-        node=host,
-        source=source,
-        hint=f"splice at {reader!r}" if reader else f"narrow the pattern{other}",
-    )
+        return wanted
 
-
-def _attach(draft: Draft, host: str, apply: Any, name: str, where: str, source: Source | None) -> None:
-    body = f"{host}.{name}"
-    if body in draft.bodies or body in draft.nodes:
-        raise BadSplice(
-            f"there is a {'body' if body in draft.bodies else 'node'} {body!r} already",
-            node=body,
-            source=source,
-            hint="give this one another name="
-            + (f", or take it out first: graph.unsplice({body!r})" if body in draft.bodies else ""),
-        )
-    inside = _inside(draft, host)
-    calls: list[tuple[str, str]] = []
-    first: dict[str, Node] = {}
-    for index, base in enumerate(draft.graph.calls_of(host)):
-        value = draft.arrived(base, lambda b: (b.host + ".").startswith(host + "."))
-        if index == 0:
-            new = _apply(draft, host, body, value, apply, where, source)
-            first = {n.name or "": n for n in new}
-            written = new[-1].name or ""
+    def inputs(self, index: int = 0) -> Mapping[str, Node]:
+        """The float tensors that one call of the host reads, after the bodies that they pass on their way."""
+        if self.where == "after":
+            return EMPTY
+        draft, graph, host = self.draft, self.draft.graph, self.start or self.host
+        if graph.imported is not None:
+            if "/" in host:
+                return EMPTY
+            scopes = draft.scopes.of_host(host)
+            scope = scopes[min(index, len(scopes) - 1)]
+            pairs = [(a, draft.seen(v, scope)) for a, v in graph.imported.call(scope).inputs]
         else:
-            new, written = _again(draft, host, where, first, calls, value, index)
-        for node in new:
-            draft.add(node, value)
+            members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
+            reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
+            outer = [v for v in reads if not self.inner(host, v) and draft.nodes[v].op not in ("param", "constant")]
+            floats = [v for v in outer if (dtype := draft.nodes[v].dtype) is not None and dtype.is_floating_point]
+            pairs = [(f"input_{i}" if i else "input", v) for i, v in enumerate(floats)]
+        return {argument: _handle(draft, value) for argument, value in pairs}
+
+    def inner(self, group: str, value: str) -> bool:
+        """Whether a value comes from inside a group of declared nodes: from a body there."""
+        return group in self.draft.graph.containers and self.draft.scopes.is_inside(
+            self.draft.nodes[value], group, "after"
+        )
+
+    def apply(self, value: str, inputs: Mapping[str, Node], apply: Any) -> list[Node]:
+        """The nodes that the method makes at the first call."""
+        draft, host, source = self.draft, self.host, self.source
+        handle = _handle(draft, value)
+        result = apply(Site(host, handle, _readable(draft.graph), inputs, self.where, source))
+        if not isinstance(result, Node):
+            raise BadSplice(f"the method at {host!r} returned {result!r}, not a node", node=host, source=source)
+        if result.graph is not None:
+            raise BadSplice(
+                f"the method at {host!r} returned {result.name!r}, which is there already: it added no node",
+                node=host,
+                source=source,
+            )
+        new = self.named(result)
+        if (result.shape, result.dtype) != (handle.shape, handle.dtype):
+            raise ShapeMismatch(
+                f"body {self.body!r} does not fit its host",
+                node=self.body,
+                sides=[
+                    ("host", host, format_shape(handle.shape), str(handle.dtype)),
+                    ("body", new[-1].name or "", format_shape(result.shape), str(result.dtype)),
+                ],
+                source=source,
+                hint=f"end the body with the shape of its host: {format_shape(handle.shape)}",
+            )
+        return new
+
+    def named(self, result: Node) -> list[Node]:
+        """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
+        body, source = self.body, self.source
+        order = made(result)
+        counts: dict[str, int] = {}
+        taken = {node.name for node in order}
+        names: dict[int, str] = {}
+        done: list[Node] = []
+        for node in order:
+            if node.op == "input":
+                raise BadSplice(f"the body {body!r} reads a new input {node.name!r}", node=body, source=source)
+            relative = node.name or unnamed(node.op, counts, taken)
+            taken.add(relative)
+            names[id(node)] = full = f"{body}.{check_name(relative, node.source)}"
+            inputs = tuple(self.settled(i) if i.graph else names[id(i)] for i in node.inputs)
+            done.append(replace(node, name=full, inputs=inputs, body=body))
+        return done
+
+    def settled(self, node: Node) -> str:
+        """The name of a node that was there before."""
+        name, draft = node.name or "", self.draft
+        if name not in draft.nodes or is_foreign(draft.graph, node):
+            raise BadSplice(
+                f"the body {self.body!r} reads {name!r}, which is no node of this graph",
+                node=self.body,
+                source=self.source,
+                hint="read site.output, site.input or site.graph[name]",
+            )
+        known = draft.nodes[name]
+        if draft.graph.imported is None:
+            return name
+        if known.body is not None and all(name != written for _, written in draft.bodies[known.body].calls):
+            raise BadSplice(
+                f"the body {self.body!r} reads {name!r}, which is inside the body {known.body!r}",
+                node=self.body,
+                source=self.source,
+                hint=f"read what that body gives: {draft.bodies[known.body].calls[0][1]!r}",
+            )
+        if known.op == "input" and ":" in name:
+            raise BadSplice(
+                f"the body {self.body!r} reads {name!r}, which is inside an argument of the model",
+                node=self.body,
+                source=self.source,
+                hint="read a node that reads it",
+            )
+        return name
+
+    def again(
+        self, first: Mapping[str, Node], value: str, inputs: Mapping[str, Node], index: int
+    ) -> tuple[list[Node], str]:
+        """The same body for a further call of its host: the same parameters, other values."""
+        read, written = self.calls[0]
+        names = {name: f"{name}@{index}" for name in first}
+        outside = {i for node in first.values() for i in node.inputs if i not in first}
+        names |= {name: self.twin(name, index) for name in outside}
+        names |= {name: inputs[a].name or "" for a, name in self.given.items() if a in inputs}
+        names[read] = value
+        copies = [
+            replace(node, name=names[name], inputs=tuple(names.get(i, i) for i in node.inputs))
+            for name, node in first.items()
+        ]
+        return copies, names[written]
+
+    def twin(self, name: str, index: int) -> str:
+        """The value of the same place in a further call: of what is called as often as the host."""
+        graph, path = self.draft.graph, path_of(name)
+        node = self.draft.nodes[name]
+        if graph.imported is None or (name == path and path not in graph.imported.modules and node.body is None):
+            return name
+        known = self.draft.bodies[node.body].calls if node.body else graph.imported.modules[path].calls
+        other = f"{path}@{index}{name[len(path) :]}" if not node.body else f"{name}@{index}"
+        return other if other in self.draft.nodes and len(known) == len(graph.calls_of(self.host)) else name
+
+    def late(self, scope: str, value: str, new: list[Node]) -> None:
+        """Notes what the body reads beside its host, and how late in a run it can be there."""
+        draft = self.draft
+        if draft.graph.imported is None:
+            return
+        last = draft.scopes.first[scope] - 1 if self.where == "before" else draft.rank[draft.anchor[value]]
         own = {node.name for node in new}
-        draft.repoint(value, written, lambda r, own=own: r not in own and not inside(r))  # type: ignore[misc]
-        calls.append((value, written))
-    draft.bodies[body] = Body(body, host, where, tuple(calls))
-    for read, _ in calls:
-        draft.replacing.setdefault(read, []).append(body)
+        for name in dict.fromkeys(i for node in new for i in node.inputs if i not in own and i != value):
+            draft.reads.append((self.body, name, last))
 
 
-def _inside(draft: Draft, host: str) -> Callable[[str], bool]:
-    """Whether a node runs inside the host: such nodes still see the value as it was."""
-    imported = draft.graph.imported
-    leaf = imported is None and host in draft.graph._nodes
-
-    def inside(name: str) -> bool:
-        node = draft.nodes[name]
-        if node.op == "output":
-            return True
-        if leaf:
-            return False
-        if node.body is not None:
-            return draft.bodies[node.body].host.startswith(host + ".")
-        scope = imported.scopes.get(name, "") if imported is not None else name
-        return (scope + ".").startswith(host + ".")
-
-    return inside
+def _refuse_late(draft: Draft, source: Source | None) -> None:
+    """A model runs in its own order, also where a value does not depend on another one."""
+    for body, name, last in draft.reads:
+        if draft.rank[draft.anchor[name]] > last:
+            raise BadSplice(
+                f"the body {body!r} reads {name!r}, which runs later in the model's own forward",
+                node=body,
+                source=source,
+                hint="read a node that runs before its host, or splice at a later host",
+            )
 
 
-def _apply(draft: Draft, host: str, body: str, value: str, apply: Any, where: str, source: Source | None) -> list[Node]:
-    handle = _handle(draft, value)
-    site = Site(host, handle, draft.graph, _inputs(draft, host, where), where, source)
-    result = apply(site)
-    if not isinstance(result, Node):
-        raise BadSplice(f"the method at {host!r} returned {result!r}, not a node", node=host, source=source)
-    if result.graph is not None:
-        raise BadSplice(
-            f"the method at {host!r} returned {result.name!r}, which is there already: it added no node",
-            node=host,
-            source=source,
-        )
-    new = _new_nodes(draft, result, body, {value, *(n.name for n in site.inputs.values())}, source)
-    if (result.shape, result.dtype) != (handle.shape, handle.dtype):
-        raise ShapeMismatch(
-            f"body {body!r} does not fit its host",
-            node=body,
-            sides=[
-                ("host", host, format_shape(handle.shape), str(handle.dtype)),
-                ("body", new[-1].name or "", format_shape(result.shape), str(result.dtype)),
-            ],
-            source=source,
-            hint=f"end the body with the shape of its host: {format_shape(handle.shape)}",
-        )
-    return new
+class _Readable(Graph):
+    """A graph as a method reads it: bodies on a half-precision host compute in float32."""
+
+    def __getitem__(self, name: str) -> Node:
+        node = super().__getitem__(name)
+        return replace(node, dtype=torch.float32, graph=self._graph)  # type: ignore[attr-defined]
+
+
+def _readable(graph: Graph) -> Graph:
+    if graph.imported is None or all(node.dtype not in HALF for node in graph.nodes()):
+        return graph
+    view = object.__new__(_Readable)
+    view.__dict__.update(graph.__dict__, _graph=graph)
+    return view
 
 
 def _handle(draft: Draft, value: str) -> Node:
     """A node as a method sees it. Bodies on a half-precision host compute in float32 (see `CompiledGraph`)."""
     node = replace(draft.nodes[value], graph=draft.graph)
-    half = draft.graph.imported is not None and node.dtype in (torch.float16, torch.bfloat16)
+    half = draft.graph.imported is not None and node.dtype in HALF
     return replace(node, dtype=torch.float32) if half else node
-
-
-def _inputs(draft: Draft, host: str, where: str, index: int = 0) -> Mapping[str, Node]:
-    """The float tensors that one call of the host reads, after the bodies that they pass on their way."""
-    if where != "around":
-        return EMPTY
-    graph = draft.graph
-    if graph.imported is not None:
-        call = graph.imported.modules[host].calls[index]
-        pairs = [(a, draft.arrived(v, lambda b: not host.startswith(b.host + "."))) for a, v in call.inputs]
-    else:
-        members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
-        inside = _inside(draft, host) if host in graph.containers else lambda v: False
-        reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
-        values = [v for v in reads if draft.nodes[v].op not in ("param", "constant") and not inside(v)]
-        floats = [v for v in values if (dtype := draft.nodes[v].dtype) is not None and dtype.is_floating_point]
-        pairs = [(f"input_{i}" if i else "input", v) for i, v in enumerate(floats)]
-    return {argument: _handle(draft, value) for argument, value in pairs}
-
-
-def _new_nodes(draft: Draft, result: Node, body: str, allowed: set[str | None], source: Source | None) -> list[Node]:
-    """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
-    order = made(result)
-    counts: dict[str, int] = {}
-    taken = {node.name for node in order}
-    names: dict[int, str] = {}
-    done: list[Node] = []
-    for node in order:
-        if node.op == "input":
-            raise BadSplice(f"the body {body!r} reads a new input {node.name!r}", node=body, source=source)
-        relative = node.name or unnamed(node.op, counts, taken)
-        taken.add(relative)
-        names[id(node)] = full = f"{body}.{check_name(relative, node.source)}"
-        inputs = tuple(_settled(draft, i, body, allowed, source) if i.graph else names[id(i)] for i in node.inputs)
-        done.append(replace(node, name=full, inputs=inputs, body=body))
-    return done
 
 
 def made(result: Node) -> list[Node]:
@@ -355,114 +400,9 @@ def made(result: Node) -> list[Node]:
     return list(order.values())
 
 
-def _settled(draft: Draft, node: Node, body: str, allowed: set[str | None], source: Source | None) -> str:
-    name = node.name or ""
-    if name not in draft.nodes or is_foreign(draft.graph, node):
-        raise BadSplice(
-            f"the body {body!r} reads {name!r}, which is no node of this graph",
-            node=body,
-            source=source,
-            hint="read site.output, site.input or site.graph[name]",
-        )
-    if draft.graph.imported is not None and name not in allowed:
-        raise BadSplice(
-            f"the body {body!r} reads {name!r}, which does not reach it inside the model's own forward",
-            node=body,
-            source=source,
-            hint="a body of an imported model reads its host's output, and with where='around' its host's input",
-        )
-    return name
-
-
 def is_foreign(graph: Graph, node: Node) -> bool:
     """Whether a handle is of another graph, and not of one that this graph was made from."""
     if node.graph is None or node.graph is graph:
         return False
     mine, theirs = graph._nodes.get(node.name or ""), node.graph._nodes.get(node.name or "")
     return mine is None or theirs is None or not mine.same(theirs)
-
-
-def _again(
-    draft: Draft,
-    host: str,
-    where: str,
-    first: Mapping[str, Node],
-    calls: list[tuple[str, str]],
-    value: str,
-    index: int,
-) -> tuple[list[Node], str]:
-    """The same body for a further call of its host: the same parameters, other values."""
-    read, written = calls[0]
-    names = {name: f"{name}@{index}" for name in first}
-    later = _inputs(draft, host, where, index)
-    for argument, node in _inputs(draft, host, where).items():
-        if argument in later:
-            arrived = later[argument].name or ""
-            names[node.name or ""] = dict(calls).get(arrived, arrived)
-    names[read] = value
-    copies = [
-        replace(node, name=names[name], inputs=tuple(names.get(i, i) for i in node.inputs))
-        for name, node in first.items()
-    ]
-    return copies, names[written]
-
-
-# ---------------------------------------------------------------------- taking out
-
-
-def unsplice(graph: Graph, at: Selector) -> Graph:
-    """See `Graph.unsplice`."""
-    source = here()
-    if not graph.bodies:
-        raise UnknownNode("this graph has no body to take out", source=source)
-    below: dict[str, list[str]] = {}
-    for name, body in graph.bodies.items():
-        for key in {name, body.host}:
-            below.setdefault(key, []).append(name)
-    gone: dict[str, None] = {}
-    for entry in entries_of(at):
-        for text in entry if isinstance(entry, Selection) else [entry]:
-            if not isinstance(text, str):
-                raise GraphError(f"unsplice takes names of bodies or hosts, not {text!r}", source=source)
-            for hit in match(text, list(below), "body"):
-                gone.update(dict.fromkeys(below[hit]))
-    moved = {write: read for name in gone for read, write in graph.bodies[name].calls}
-
-    def back(value: str) -> str:
-        while value in moved:
-            value = moved[value]
-        return value
-
-    nodes = {
-        name: replace(node, inputs=tuple(map(back, node.inputs))) if any(i in moved for i in node.inputs) else node
-        for name, node in graph._nodes.items()
-        if node.body not in gone
-    }
-    outputs = map_outputs(graph.outputs, {value: back(value) for value in moved})
-    _refuse_readers(graph, nodes, outputs, source)
-    bodies = {
-        name: replace(body, calls=tuple((back(r), w) for r, w in body.calls))
-        for name, body in graph.bodies.items()
-        if name not in gone
-    }
-    lost = {p for name, node in graph._nodes.items() if name not in nodes for p in node.param_names()}
-    return graph._with(
-        nodes=nodes,
-        outputs=outputs,
-        bodies=bodies,
-        splices=remaining(graph.splices, bodies),
-        overrides={p: t for p, t in graph._overrides.items() if p not in lost},
-    )
-
-
-def _refuse_readers(graph: Graph, nodes: Mapping[str, Node], outputs: Any, source: Source | None) -> None:
-    """What is left may read the value a body makes, which is replaced by its host's, but nothing inside it."""
-    reads = [(f"{n!r} reads", i) for n, node in nodes.items() for i in node.inputs if i not in nodes]
-    for who, value in [*reads, *(("the graph returns", name) for name in leaves(outputs))]:
-        if value not in nodes:
-            raise BadSplice(
-                f"{who} {value!r} of the body {graph._nodes[value].body!r}, which cannot be taken out alone",
-                node=value,
-                source=source,
-                hint="take out what reads it first",
-            )

@@ -14,6 +14,7 @@ from torch import nn
 from .errors import GraphError, here, suggestion
 from .graph import Graph
 from .hosted import host, plan_of
+from .names import body_name
 from .sites import attachment, graph_of
 from .switch import Rows, Switch
 
@@ -227,7 +228,7 @@ def only_task(graph: Graph, task: str) -> Graph:
     bodies = {node.body for node in switches.values()}
     splices = [
         replace(s, method=type(s.method)({task: s.method.branches[task]}))
-        if any(f"{host}.{s.name}" in bodies for host in s.hosts) and hasattr(s.method, "branches")
+        if any(body_name(host, s.name) in bodies for host in s.hosts) and hasattr(s.method, "branches")
         else s
         for s in graph.splices
     ]

@@ -23,9 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from .errors import GraphError, here
 from .graph import Graph
 from .imported import Call, Imported, Module
-from .names import path_of
 from .node import Node, Param
-from .record import Operations, Record, Recorder, bound
+from .record import Made, Operations, Record, Recorder, bound
 from .shapes import quiet
 
 
@@ -59,11 +58,20 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
                 source=here(),
                 hint="add to its graph instead: ag.graph_of(model).splice(…).compile()",
             )
+    return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
+
+
+def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
+    """Runs a model once, on fake tensors if that can be, and gives what a recorder of this kind saw.
+
+    Raises:
+        GraphError: the forward fails with these arguments.
+    """
     errors: list[Exception] = []
     for attempt in (_fake, _bfloat16, _real):
-        recorder = attempt(model, args, kwargs, errors)
+        recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
-            return _Finish(model, recorder, args, kwargs).graph()
+            return recorder
     raise _failed(model, args, kwargs, errors[-1]) from errors[-1]
 
 
@@ -88,25 +96,25 @@ def _describe(value: Any) -> str:
 # ---------------------------------------------------------------------- running the model once
 
 
-def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
-    return _attempt(model, args, kwargs, errors, Recorder(model, None), FakeTensorMode(allow_non_fake_inputs=True))
+def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
+    return _attempt(model, args, kwargs, errors, make(model, None), FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
+def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
     """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
     if "bf16" not in str(errors[-1]).lower() and "bfloat16" not in str(errors[-1]).lower():
         return None
-    recorder = Recorder(model, torch.bfloat16)
+    recorder = make(model, torch.bfloat16)
     return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception]) -> Recorder | None:
+def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
     """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
     if any(p.is_meta for p in model.parameters()):
         return None
     held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
     kept = [(t, t.clone()) for t in held]
-    recorder = _attempt(model, args, kwargs, errors, Recorder(model, None), None)
+    recorder = _attempt(model, args, kwargs, errors, make(model, None), None)
     with torch.no_grad():
         for tensor, values in kept:
             if tensor.shape != values.shape:
@@ -328,7 +336,7 @@ class _Finish:
         record.name = name
         self.nodes[name] = Node(record.op, inputs, name, shape, self.dtype(dtype), params=params)
         if record.kind != "input":
-            self.scopes[name] = path_of(record.scope)
+            self.scopes[name] = record.scope
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a value in the model itself, where the run was made in another one."""
@@ -339,22 +347,34 @@ class _Finish:
         final = record.final()
         if final is not record or key not in final.outs or key == final.main:
             return final.name
-        label = ":".join([final.name, *(str(k).lstrip(".") for k in (key if isinstance(key, tuple) else (key,)))])
-        label = re.sub(r"[^\w.@/:]", "_", label)
+        label = self.label(final, key)
         if label not in self.nodes:
             shape, dtype = final.outs[key]
             self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
-            self.scopes[label] = path_of(final.scope)
+            self.scopes[label] = final.scope
         return label
 
+    def label(self, record: Record, key: Any) -> str:
+        """What a further output of a node is called."""
+        label = ":".join([record.name, *(str(k).lstrip(".") for k in (key if isinstance(key, tuple) else (key,)))])
+        return re.sub(r"[^\w.@/:]", "_", label)
+
     def module(self, path: str, module: nn.Module) -> Module:
-        calls = []
-        for made in self.recorder.calls.get(path, ()):
-            found, where, inputs = made if made is not None else (None, None, [])
-            output = self.edge(*found) if found is not None else None
-            named = tuple((name, self.edge(*value)) for name, value in inputs)
-            calls.append(Call(output, tuple(where or ()), named))
-        return Module(type(module).__name__, tuple(calls))
+        return Module(type(module).__name__, tuple(map(self.call, self.recorder.calls.get(path, ()))))
+
+    def call(self, made: Made | None) -> Call:
+        if made is None:
+            return Call(None)
+        known = [(p, self.edge(*v)) for p, v in made.parts if p == made.first or self.is_read(*v)]
+        output = next((name for p, name in known if p == made.first), None)
+        parts = tuple((":".join(str(k).lstrip(".") for k in p), name, p) for p, name in known if p)
+        inputs = tuple((name, self.edge(*value)) for name, value in made.inputs)
+        return Call(output, made.first or (), inputs, made.caller, parts)
+
+    def is_read(self, record: Record, key: Any) -> bool:
+        """Whether a value is a node already: a module's main output, or one that something reads."""
+        final = record.final()
+        return final is not record or key not in final.outs or key == final.main or self.label(final, key) in self.nodes
 
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}

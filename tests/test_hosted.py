@@ -100,7 +100,7 @@ def test_bodies_stack_in_the_order_they_were_added(traced, name):
         graph.splice(at, METHOD, name="one").splice(at, METHOD, name="two").splice(at, METHOD, name="three").compile()
     )
     for host in graph.select(at):
-        assert [s.child for s in model.get_submodule(host)._adaptergraph_plan.steps] == ["one", "two", "three"]
+        assert [s.child for s in model.get_submodule(host)._adaptergraph_plan.visits[0].exit] == ["one", "two", "three"]
     compare(case, byhand.randomise(model, 0.3))
 
 

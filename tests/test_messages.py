@@ -19,7 +19,19 @@ PACKAGE = Path(ag.__file__).parent
 OWN = (
     *(
         PACKAGE / f"{n}.py"
-        for n in ("names", "select", "graph", "collect", "surgery", "edit", "shapes", "adapter", "lower")
+        for n in (
+            "names",
+            "select",
+            "graph",
+            "collect",
+            "surgery",
+            "unsplice",
+            "hosts",
+            "edit",
+            "shapes",
+            "adapter",
+            "lower",
+        )
     ),
     # the families of layers and the combining methods have tests of their own
     *(PACKAGE / "layers" / f"{n}.py" for n in ("calls", "making", "table", "initializers", "functions")),
@@ -62,12 +74,25 @@ class Half(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 8)
         self.idle = nn.Linear(8, 8)
+        self.aside = nn.Linear(8, 8)
         self.arg = ArgMax()
 
     def forward(self, t):
-        h = self.fc(t) + t
-        return h, self.arg(h)
+        h = self.other(self.fc(t) + t)
+        whole = t.int()
+        first, second = h.split(4, -1)
+        return h, self.arg(h), self.aside(t), whole, first + second
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x["a"])
 
 
 class ArgMax(nn.Module):
@@ -536,7 +561,7 @@ SPLICES = [
     (
         lambda: chain().splice("a", ag.Bottleneck(2), where="inside"),
         B,
-        "a body can be 'after' or 'around' its host, not 'inside'",
+        "a body can be 'after', 'around' or 'before' its host, not 'inside'",
         None,
     ),
     (
@@ -720,16 +745,46 @@ SPLICES = [
         "add to it with graph.splice",
     ),
     (
-        lambda: traced().splice("/add", ag.Bottleneck(2)),
+        lambda: traced().splice("/add", ag.Bottleneck(2), where="before"),
         B,
-        "'/add' is an operation or one call inside a forward: no body can be attached there",
+        "a body cannot stand before '/add', which is no layer but a value",
         ANY,
+    ),
+    (
+        lambda: ag.span("fc", 2),
+        G,
+        "span takes the names or patterns of two hosts, not 2",
+        None,
+    ),
+    (
+        lambda: traced().splice(ag.span("fc", "fc"), ag.Bottleneck(2)),
+        B,
+        "a body 'after' the end of ag.span('fc', 'fc') never reads its start",
+        "splice at 'fc', or use a method that reads its input, or where='around'",
+    ),
+    (
+        lambda: traced().splice(ag.span("{fc,other}", "fc"), ag.Bottleneck(2, parallel=True)),
+        B,
+        "ag.span('{fc,other}', 'fc') has 2 starts and 1 ends: they are paired in order",
+        "narrow the pattern that selects more",
+    ),
+    (
+        lambda: traced().splice(ag.span("other", "fc"), ag.Bottleneck(2, parallel=True)),
+        B,
+        "the span starts at 'other', which runs after its end",
+        None,
     ),
     (
         lambda: traced().splice("idle", ag.Bottleneck(2)),
         B,
         "'idle' (Linear) is never called: a body there would never run",
         ANY,
+    ),
+    (
+        lambda: traced()["idle"],
+        U,
+        "'idle' is never called: it has no output",
+        None,
     ),
     (
         lambda: traced().splice("arg", ag.Bottleneck(2)),
@@ -744,10 +799,38 @@ SPLICES = [
         "trace it inside another module: nn.Sequential(model)",
     ),
     (
-        lambda: traced().splice("fc", lambda s: s.output + s.graph["t"]),
+        lambda: traced().splice("/split:1", ag.Bottleneck(2)),
         B,
-        "the body 'fc.adapter' reads 't', which does not reach it inside the model's own forward",
-        "a body of an imported model reads its host's output, and with where='around' its host's input",
+        "'/split:1' is one of several values of an operation: no body can be attached there",
+        ANY,
+    ),
+    (
+        lambda: traced().splice("/int", ag.Bottleneck(2)),
+        B,
+        "'/int' gives no float tensor but torch.int32: a body has nothing to work on",
+        ANY,
+    ),
+    (
+        lambda: ag.trace(Nested(), {"a": torch.ones(1, 8)}).splice("fc", lambda s: s.output + s.graph["x:a"]),
+        B,
+        "the body 'fc.adapter' reads 'x:a', which is inside an argument of the model",
+        "read a node that reads it",
+    ),
+    (
+        lambda: traced().splice("fc", lambda s: s.output + s.graph["aside"]),
+        B,
+        "the body 'fc.adapter' reads 'aside', which runs later in the model's own forward",
+        "read a node that runs before its host, or splice at a later host",
+    ),
+    (
+        lambda: (
+            traced()
+            .splice("fc", ag.Bottleneck(2))
+            .splice("other", lambda s: s.output + ag.dense(s.graph["fc.adapter.act"], 8))
+        ),
+        B,
+        "the body 'other.adapter' reads 'fc.adapter.act', which is inside the body 'fc.adapter'",
+        "read what that body gives: 'fc.adapter.residual'",
     ),
 ]
 
@@ -867,14 +950,12 @@ def said_by(node):
 
 
 # what shared layers and optional inputs say: below, and in test_axon_model.py and test_axon_json.py
-SHARING = ("calls of one layer", "decided where a graph is made", "added at all its calls", "cannot make a default for")
+SHARING = ("calls of one layer", "decided where a graph is made", "cannot make a default for")
 
 
-def test_a_further_call_of_a_layer_is_no_host():
+def test_a_body_does_not_share_weights_with_itself():
     fc = ag.dense(x(), 8, name="fc")
     graph = ag.Graph(ag.dense(fc, 8, share=fc))
-    with pytest.raises(ag.GraphError, match="'fc@1' is a further call of 'fc': a body is added at all its calls"):
-        graph.splice("fc@1", ag.Bottleneck(2))
     with pytest.raises(ag.GraphError, match=r"shares the weights of .*, which is decided where a graph is made"):
         graph.splice("fc", lambda site: ag.dense(a := ag.dense(site.output, 8, name="a"), 8, share=a))
 

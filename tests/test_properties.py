@@ -80,7 +80,14 @@ def spliced(draw, graph, name="adapter", method=None):
     at = places(graph)
     assume(at)
     hosts = draw(st.lists(st.sampled_from(at), min_size=1, max_size=3, unique=True))
-    return graph.splice(hosts, method or draw(METHODS), name=name)
+    where = draw(st.sampled_from(["after", "before", "around"]))
+    try:
+        return graph.splice(hosts, method or draw(METHODS), name=name, where=where)
+    except ag.BadSplice as error:
+        # not every layer has one clear input
+        if "float tensors" not in str(error) and "is of the kind" not in str(error):
+            raise
+        assume(False)
 
 
 def strong(site):
@@ -299,7 +306,7 @@ def test_no_verb_makes_a_cycle(graph, data):
     own = [n for n in order if graph[n].body is None and graph.op_of(n) != "input"]
     assume(own)
     name = data.draw(st.sampled_from(own))
-    read = data.draw(st.sampled_from(order))
+    read = data.draw(st.sampled_from([n for n in order if (graph[n].shape or ())[:1] == ("batch",)]))
     node = graph[name]
 
     def write(inputs=None, output=None):

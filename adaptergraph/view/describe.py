@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from ..graph import Body, Graph
+from ..bodies import Body
+from ..graph import Graph
 from .boxes import ADDS, Boxes, Draft
 from .data import Box
 from .outline import Item, Outline
@@ -161,7 +162,7 @@ def relative(name: str, prefix: str) -> str:
 
 def tail(body: Body) -> str:
     """What a body is called where its host stands beside it: `adapter`, or `query.lora` for one around its host."""
-    short = body.name.removeprefix(body.host + ".")
+    short = body.child
     return short if body.where == "after" or short == body.name else f"{body.host.rpartition('.')[2]}.{short}"
 
 
@@ -174,7 +175,7 @@ def prefix_of(frame: Run | Item | None) -> str:
 
 def additions(graph: Graph, outline: Outline) -> tuple[str, ...]:
     """What was added or unfrozen, in a few words for the title."""
-    counts = Counter(b.name.removeprefix(b.host + ".") for b in graph.bodies.values())
+    counts = Counter(b.child for b in graph.bodies.values())
     words = [name if count == 1 else f"{count} × {name}" for name, count in counts.items()]
     if graph.imported is None:
         return tuple(words)

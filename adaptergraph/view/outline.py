@@ -136,7 +136,7 @@ class Outline:
             self.items[name] = Item(name, self.root)
             return self.items[name]
         if "/" in name:
-            return self.items[imported.scopes[name]]
+            return self.items[path_of(imported.scopes[name])]
         item = self.items.get(path_of(name), self.root)
         item.leaf = item is not self.root
         return item
@@ -146,13 +146,14 @@ class Outline:
         self.item_of[node.name or ""] = item
 
     def _bodies(self) -> None:
-        """A body stands beside its host."""
+        """A body stands beside its host, or inside the module whose operation is its host."""
         bodies: dict[str, Item] = {}
         for body in self.graph.bodies.values():
-            host = body.host
+            host = path_of(body.host)
             while host not in self.items:
                 host = host.rpartition(".")[0]
-            parent = self.items[host].parent or self.root
+            inside = "/" in body.host
+            parent = self.items[host] if inside else self.items[host].parent or self.root
             taken = body.name in self.items
             item = Item(f"{body.name} +" if taken else body.name, parent, body=True)
             item.leaf = True

@@ -1,0 +1,87 @@
+"""What the modules of a model are called with: their arguments in one run, as shapes and plain values. Floor 4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .record import Recorder
+from .trace import recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def arguments_of(
+    model: nn.Module, example: Mapping[str, Mapping[str, Any]], paths: Iterable[str]
+) -> dict[str, tuple[Any, Any]]:
+    """What these modules are called with first, when the model is called as it was when it was traced.
+
+    Args:
+        example: `Imported.example`.
+
+    Returns:
+        By path positional and keyword arguments: tensors with random values (whole numbers are zeros), plain values
+        as they are, and None for anything else.
+    """
+    wanted = dict.fromkeys(paths)
+    seen: dict[str, tuple[Any, Any]] = {}
+
+    class Watcher(Recorder):
+        """Also notes the arguments."""
+
+        def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+            path = self.paths[id(module)]
+            if path in wanted and path not in seen:
+                own = next(module.parameters(), None)
+                real = {self.dtype: own.dtype} if self.dtype is not None and own is not None else {}
+                seen[path] = _described(args, real), _described(kwargs, real)
+            super().enter(module, args, kwargs)
+
+    first = next(model.parameters(), None)
+    device = first.device if first is not None and not first.is_meta else None
+    given = {n: _given(v, device) for n, v in example.items()}
+    recorded(model, (), given, Watcher)
+    return {path: (_made(args, model, path), _made(kwargs, model, path)) for path, (args, kwargs) in seen.items()}
+
+
+def _given(value: Mapping[str, Any], device: torch.device | None) -> Any:
+    if "shape" not in value:
+        return value["value"]
+    return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
+
+
+def _described(value: Any, real: Mapping[Any, torch.dtype]) -> Any:
+    """The same with tensors without values, of the dtype that they have in the model itself."""
+    if isinstance(value, Tensor):
+        return Like(tuple(value.shape), real.get(value.dtype, value.dtype))
+    if type(value) in (tuple, list):
+        return type(value)(_described(v, real) for v in value)
+    if type(value) is dict:
+        return {k: _described(v, real) for k, v in value.items()}
+    return value if value is None or isinstance(value, bool | int | float | str) else None
+
+
+def _made(value: Any, model: nn.Module, path: str) -> Any:
+    if isinstance(value, Like):
+        own = next(model.get_submodule(path).parameters(), None)
+        device = own.device if own is not None else None
+        if value.dtype.is_floating_point:
+            values = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        else:
+            values = torch.full(value.shape, value.dtype == torch.bool)
+        return values.to(device=device, dtype=value.dtype)
+    if type(value) in (tuple, list):
+        return type(value)(_made(v, model, path) for v in value)
+    if type(value) is dict:
+        return {k: _made(v, model, path) for k, v in value.items()}
+    return value

@@ -1,0 +1,185 @@
+"""What can be a host, and why something cannot: with the places that work instead. Floor 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import BadSplice, Source
+from .graph import Graph
+from .names import path_of
+from .select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
+
+NO_PLACE = ("input", "output", "param", "constant")
+
+
+def hosts_of(graph: Graph, at: Selector, where: str, source: Source | None) -> Selection:
+    """The hosts of a splice: a name is taken at its word, a pattern or predicate means only what can be a host.
+
+    Raises:
+        BadSplice: a body would never run there, or nothing that is selected can have one.
+    """
+    entries = entries_of(at)
+    found = [n for e in entries for n in _places(graph, e.last if isinstance(e, Span) else e, source)]
+    selected = in_graph_order(graph, found, "the selector")
+    for host in selected:
+        refuse(graph, host, where, source)
+    return selected
+
+
+def starts_of(graph: Graph, at: Selector, source: Source | None) -> dict[str, str]:
+    """For each host that is the end of a span, the module that the span starts at.
+
+    Raises:
+        BadSplice: a span has not as many starts as ends, or starts after its end.
+    """
+    found: dict[str, str] = {}
+    rank = {name: i for i, name in enumerate(graph)}
+    for span in (e for e in entries_of(at) if isinstance(e, Span)):
+        firsts, lasts = (in_graph_order(graph, _places(graph, e, source), "") for e in (span.first, span.last))
+        if len(firsts) != len(lasts):
+            raise BadSplice(
+                f"{span} has {len(firsts)} starts and {len(lasts)} ends: they are paired in order",
+                sides=[("starts", ", ".join(firsts[:6])), ("ends", ", ".join(lasts[:6]))],
+                source=source,
+                hint="narrow the pattern that selects more",
+            )
+        for first, last in zip(firsts, lasts, strict=True):
+            for host in (first, last):
+                refuse(graph, host, "after", source)
+            if rank[graph.calls_of(first)[0]] > rank[graph.calls_of(last)[0]]:
+                raise BadSplice(f"the span starts at {first!r}, which runs after its end", node=last, source=source)
+            found[last] = first
+    return found
+
+
+def _places(graph: Graph, entry: Any, source: Source | None) -> list[str]:
+    """What one entry of a selector means: of a pattern or predicate only what can be a host."""
+    names = hits(graph, entry)
+    if not callable(entry) and not (isinstance(entry, str) and is_pattern(entry)):
+        return names
+    hosts = [n for n in names if _is_place(graph, n, entry if isinstance(entry, str) else "")]
+    if not hosts:
+        raise BadSplice(
+            f"{repr(entry) if isinstance(entry, str) else 'the predicate'} selects no place for a body",
+            sides=[("selected", n, graph.op_of(n)) for n in names[:6]],
+            source=source,
+            hint="splice at a layer",
+        )
+    return hosts
+
+
+def _is_place(graph: Graph, name: str, wanted: str) -> bool:
+    node = graph._nodes.get(name)
+    if node is None:
+        return True
+    if node.op == "output" and ":" in wanted:
+        return True
+    return (
+        node.op not in NO_PLACE and node.body is None and node.shape is not None and ("@" not in name or "@" in wanted)
+    )
+
+
+def refuse(graph: Graph, host: str, where: str, source: Source | None) -> None:
+    """Refuses a host at which a body would never run, with the places that work.
+
+    Raises:
+        BadSplice: and names the host.
+    """
+    node = graph._nodes.get(host)
+    if node is not None and node.body is not None:
+        raise BadSplice(
+            f"{host!r} belongs to the body {node.body!r}",
+            node=host,
+            source=source,
+            hint=f"splice at its host: {graph.bodies[node.body].host!r}",
+        )
+    if where == "before" and ("/" in host or ":" in host):
+        raise BadSplice(
+            f"a body cannot stand before {host!r}, which is no layer but a value",
+            node=host,
+            source=source,
+            hint=f"splice after it, or before the module around it: {path_of(host)!r}",
+        )
+    fine = "input" if graph.imported is None else "output"
+    if node is not None and node.op in NO_PLACE and node.op != fine:
+        raise BadSplice(
+            f"{host!r} is of the kind {node.op!r}: a body is added at a layer",
+            node=host,
+            source=source,
+            hint="splice at a layer that reads it" + (", or before it" if node.op == "input" else ""),
+        )
+    if graph.imported is not None:
+        _refuse_imported(graph, host, source)
+    elif node is not None and node.shape is None:
+        raise BadSplice(
+            f"{host!r} gives no single tensor: a body has nothing to work on",
+            node=host,
+            source=source,
+            hint="splice at a node that reads it",
+        )
+
+
+def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
+    assert graph.imported is not None
+    if "/" in host:
+        _refuse_operation(graph, host, source)
+        return
+    module = graph.imported.modules.get(path_of(host))
+    if module is None or not path_of(host):
+        raise BadSplice(
+            f"{host!r} is the model itself: bodies are added at modules inside it",
+            node=host,
+            source=source,
+            hint="trace it inside another module: nn.Sequential(model)",
+        )
+    if not module.calls:
+        raise _never_called(graph, host, source)
+    values = graph.calls_of(host)
+    if not values or not all(call.output for call in module.calls):
+        raise BadSplice(
+            f"{host!r} ({module.cls}) returns no float tensor: a body has nothing to work on",
+            node=host,
+            source=source,
+        )
+    for value in values:
+        dtype = graph._nodes[value].dtype
+        if dtype is None or not dtype.is_floating_point:
+            raise BadSplice(
+                f"{host!r} is no float tensor but {dtype}: a body has nothing to work on", node=host, source=source
+            )
+
+
+def _refuse_operation(graph: Graph, host: str, source: Source | None) -> None:
+    assert graph.imported is not None
+    node = graph._nodes[host]
+    around = path_of(graph.imported.scopes[host])
+    instead = f"splice at the module around it: {around!r}" if around else "splice at a module inside the model"
+    if node.op == "output":
+        raise BadSplice(
+            f"{host!r} is one of several values of an operation: no body can be attached there",
+            node=host,
+            source=source,
+            hint=f"splice at what reads it, or {instead}",
+        )
+    if node.dtype is None or not node.dtype.is_floating_point:
+        raise BadSplice(
+            f"{host!r} gives no float tensor but {node.dtype}: a body has nothing to work on",
+            node=host,
+            source=source,
+            hint=instead,
+        )
+
+
+def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
+    assert graph.imported is not None
+    own = [p for p in graph.imported.params if p.startswith(host + ".")]
+    reader = next((graph.imported.readers[p] for p in own if p in graph.imported.readers), None)
+    why = f"; its {own[0].rpartition('.')[2]} is read by {reader!r}" if reader else ""
+    parent = host.rpartition(".")[0]
+    other = f", or splice at {parent!r}" if parent else ""
+    return BadSplice(
+        f"{host!r} ({graph.imported.modules[host].cls}) is never called{why}: a body there would never run",
+        node=host,
+        source=source,
+        hint=f"splice at {reader!r}" if reader else f"narrow the pattern{other}",
+    )

@@ -1,0 +1,442 @@
+"""The forward of one module as lowered code that stops at some of its operations. Floor 4.
+
+The forward is followed once with stand-ins for its arguments, its children as they are: nothing that a call may give
+differently is fixed, or else a check in the code refuses such a call. Before the code is used it is run beside the
+module's own forward. `self` is the module itself, so that children, keys, hooks and mode are what they were.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import operator
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from . import frames
+from .errors import GraphError
+from .record import op_name, tensors, version
+from .steps import done
+
+PLAN = "_adaptergraph_plan"
+_MORE = "_adaptergraph_more"
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
+class Unlowered(Exception):
+    """Why a forward cannot be lowered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a lowered forward."""
+
+    name: str
+    default: Any = inspect.Parameter.empty
+
+
+class Program:
+    """The lowered forward of a module, in both modes; equal programs share their functions.
+
+    Attributes:
+        positional: the parameters that may be given by position.
+        parameters: all that the code takes, in its order.
+        takes_more: further keyword arguments go to the children that the forward gives them to.
+        graphs: the code in eval and in training.
+    """
+
+    def __init__(
+        self,
+        positional: tuple[str, ...],
+        parameters: tuple[Parameter, ...],
+        takes_more: bool,
+        graphs: Mapping[bool, fx.Graph],
+    ) -> None:
+        self.positional = positional
+        self.parameters = parameters
+        self.takes_more = takes_more
+        self.graphs = dict(graphs)
+        self.functions = {mode: _function(graph) for mode, graph in self.graphs.items()}
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if len(args) > len(self.positional):
+            raise GraphError(f"{len(args)} arguments by position, where {len(self.positional)} are taken")
+        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        flat = [given.pop(p.name, p.default) for p in self.parameters]
+        for parameter, value in zip(self.parameters, flat, strict=True):
+            if value is inspect.Parameter.empty:
+                raise GraphError(f"the argument {parameter.name!r} is not given")
+        if given and not self.takes_more:
+            raise GraphError(f"there is no argument {next(iter(given))!r}")
+        return self.functions[module.training](module, given, *flat)
+
+    def __deepcopy__(self, memo: Any) -> Program:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Program, (self.positional, self.parameters, self.takes_more, self.graphs)
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """The generated function; one for all graphs of the same code."""
+    code = graph.python_code("self")
+    key = code.src + "".join(sorted(f"{k}:{id(v)}" for k, v in code.globals.items()))
+    if key not in _FUNCTIONS:
+        empty = fx.Graph()
+        empty.output(None)
+        carrier = fx.GraphModule(nn.Module(), empty, "Program")
+        carrier._graph = graph
+        carrier.recompile()
+        _FUNCTIONS[key] = type(carrier).forward
+    return _FUNCTIONS[key]
+
+
+# ---------------------------------------------------------------------- what generated code calls
+
+
+def at_operation(plan: Any, slot: int, value: Tensor) -> Tensor:
+    """The steps of a host at one operation of its forward."""
+    visit = plan.visits[0]
+    if plan.counter is not None:
+        frame = frames.find(plan.token, plan.counter.hops)
+        assert frame is not None
+        visit = plan.visits[frame.counts[plan.counter.number] - 1]
+    for step in visit.inside[slot]:
+        value = done(step.owner, plan.token, step, value, (), {})
+    return value
+
+
+def call_with(module: Any, more: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a child with what the host was given beside the arguments it names."""
+    return module(*args, **kwargs, **more)
+
+
+def same(value: Any, traced: Any, what: str) -> None:
+    """Refuses a call that would take another way through the forward than the one that was lowered."""
+    if (value is None) != (traced is None) or (traced is not None and traced is not ... and value != traced):
+        raise GraphError(
+            f"{what} is {value!r} here, but the forward was lowered for {'a value' if traced is ... else repr(traced)}",
+            hint="trace the model with the arguments that it is called with now, or splice at a module instead of an "
+            "operation",
+        )
+
+
+# ---------------------------------------------------------------------- following a forward
+
+
+class _Proxy(fx.Proxy):
+    """A stand-in that knows the value it stands for: of tensors the dtype, device and rank, of anything else all."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.tracer.values[self.node]  # type: ignore[attr-defined]
+        if isinstance(value, Tensor) and name in ("dtype", "device", "ndim", "is_cuda", "is_meta", "layout"):
+            if name == "dtype":
+                asked: Any = fx.Proxy.__getattr__(self, name)
+                self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
+            return getattr(value, name)
+        return super().__getattr__(name)
+
+    def dim(self) -> int:
+        """The number of dimensions, which no call may change."""
+        return self.tracer.values[self.node].dim()  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.tracer.values[self.node]  # type: ignore[attr-defined]
+        if isinstance(value, tuple | list | torch.Size):
+            return iter([operator.getitem(self, i) for i in range(len(value))])
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        value = self.tracer.values[self.node]  # type: ignore[attr-defined]
+        if isinstance(value, tuple | list | torch.Size):
+            return len(value)
+        raise Unlowered("it asks for the length of a value")
+
+
+class _Tracer(fx.Tracer):
+    """Follows a forward with stand-ins while it computes what they stand for, and says which operation each call is."""
+
+    def __init__(self, module: nn.Module, values: Mapping[str, Any], fixed: Mapping[str, Any], more: bool) -> None:
+        super().__init__()
+        self.given = dict(values)
+        self.fixed = fixed
+        self.more = more
+        self.values: dict[fx.Node, Any] = {}
+        self.operations: dict[str, fx.Node] = {}
+        self.changed: set[fx.Node] = set()
+        self.counts: dict[str, int] = {}
+        self.thread = threading.get_ident()
+        self.running = False
+
+    def follow(self, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
+        self.forward = forward
+        graph = self.trace(module)
+        graph._tracer_cls = None
+        return graph
+
+    # fx asks for these
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        more = self.create_proxy("placeholder", _MORE, (), {})
+        given: dict[str, Any] = {name: self.create_proxy("placeholder", name, (), {}) for name in self.given}
+        for name, value in self.fixed.items():
+            self.checked(given[name].node, value, f"the argument {name!r}")
+        given |= {name: None for name, value in self.fixed.items() if value is None}
+        extra = {_MORE: more} if self.more else {}
+        return (lambda root: self.forward(root, **given, **extra)), [self.root]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.aside() or not any(isinstance(v, fx.Proxy) for v in _flat((args, kwargs))):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val if self.aside() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = self.values[obj.node]
+        if not _is_plain(value):
+            raise Unlowered(f"it branches on what a value is ({obj.node.name})")
+        self.checked(obj.node, value, obj.node.name)
+        return bool(value)
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "placeholder":
+            self.values[node] = {} if target == _MORE else self.given[target]
+        elif kind != "output":
+            self.running = True
+            try:
+                self.values[node] = self.value(node)
+            finally:
+                self.running = False
+        return node
+
+    # what they stand for
+
+    def aside(self) -> bool:
+        """Whether this is no part of the forward that is followed."""
+        return self.running or threading.get_ident() != self.thread
+
+    def value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root)
+        if node.op == "call_module":
+            kwargs = {k: v for k, v in kwargs.items() if k != _MORE}
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        with _Named(self, node):
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def checked(self, node: fx.Node, value: Any, what: str) -> None:
+        """Lets the code refuse a call in which this is something else."""
+        before = self.running
+        self.running = True
+        self.create_node("call_function", same, (node, value, what), {})
+        self.running = before
+
+
+class _Named(TorchFunctionMode):
+    """Names the operations of one node as a trace names them."""
+
+    def __init__(self, tracer: _Tracer, node: fx.Node) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.node = node
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for _, t in tensors((args, kwargs or {}))]
+        versions = [version(t) for t in given]
+        result = func(*args, **(kwargs or {}))
+        mutated = any(version(t) != v for t, v in zip(given, versions, strict=True))
+        if mutated or next(tensors(result), None) is not None:
+            name = op_name(func)
+            count = self.tracer.counts.get(name, 0)
+            self.tracer.counts[name] = count + 1
+            self.tracer.operations[f"{name}_{count}" if count else name] = self.node
+            if mutated:
+                self.tracer.changed.add(self.node)
+        return result
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, dict):
+        yield from _flat([*value.values()])
+    else:
+        yield value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
+
+
+# ---------------------------------------------------------------------- lowering
+
+
+def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs: Any) -> Program:
+    """The forward of a module as code that stops at operations of it.
+
+    Args:
+        module: not hosted yet.
+        operations: the operations by their name in the module's own forward, and the number each is called by.
+        args, kwargs: of a call of the module, with real tensors; on meta only shapes are compared.
+
+    Raises:
+        Unlowered: it cannot be followed, or what it computes is not what the module computes.
+    """
+    forward = type(module).forward
+    signature = inspect.signature(forward)
+    source = _Source(module, inspect.unwrap(forward))
+    kinds = {p.name: p.kind for p in list(signature.parameters.values())[1:]}
+    if inspect.Parameter.VAR_POSITIONAL in kinds.values():
+        raise Unlowered("it takes any number of arguments by position")
+    bound = signature.bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    values = dict(list(bound.arguments.items())[1:])
+    rest = next((n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+    more = values.pop(rest) if rest else {}
+    defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
+    fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
+    parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
+    positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
+    was = module.training
+    graphs = {}
+    try:
+        for mode in (False, True) if source.trains else (False,):
+            module.training = mode
+            graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
+    finally:
+        module.training = was
+    return Program(positional, parameters, rest is not None, {True: graphs[False], **graphs})
+
+
+class _Source:
+    """What can be read off the text of a forward.
+
+    Attributes:
+        asked: names that it compares with None.
+        trains: whether it may look at the mode, itself or in another method.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        except (OSError, TypeError, SyntaxError):
+            raise Unlowered("its source is not there to be read") from None
+        self.asked: set[str] = set()
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in ("self", "super")]
+        own = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        read = [n.attr for n in own if n.value.id == "self"]  # type: ignore[attr-defined]
+        methods = any(inspect.isroutine(getattr(type(module), name, None)) for name in read)
+        self.trains = "training" in read or methods or len(names) != len(read)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.With):
+                raise Unlowered("it runs a part of itself in a `with` block")
+            if isinstance(node, ast.Compare) and any(isinstance(o, ast.Is | ast.IsNot) for o in node.ops):
+                self.asked |= {n.id for n in (node.left, *node.comparators) if isinstance(n, ast.Name)}
+
+
+def _followed(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    values: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    more: bool,
+    operations: Mapping[str, int],
+) -> fx.Graph:
+    tracer = _Tracer(module, copy.copy(values), fixed, more)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            expected = forward(module, **_own(values))
+        except Exception as error:
+            raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
+        torch.manual_seed(0)
+        tracer.given = _own(values)
+        try:
+            graph = tracer.follow(module, forward)
+        except Unlowered:
+            raise
+        except Exception as error:
+            raise Unlowered(f"it cannot be followed: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    output = next(n for n in graph.nodes if n.op == "output")
+    _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
+    _hand_on(graph)
+    _stop(graph, tracer, operations)
+    graph.lint()
+    return graph
+
+
+def _own(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in tensors of their own, which a forward may write to."""
+    clone = lambda v: v.clone() if isinstance(v, Tensor) else v  # noqa: E731
+    return {n: tuple(map(clone, v)) if type(v) is tuple else clone(v) for n, v in values.items()}
+
+
+def _compare(expected: Any, found: Any) -> None:
+    """Whether lowered code computes what the module computes, bit for bit."""
+    one, two = list(tensors(expected)), list(tensors(found))
+    if [p for p, _ in one] != [p for p, _ in two]:
+        raise Unlowered("the code returns another structure than it does")
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        if a.shape != b.shape or (not a.is_meta and not torch.equal(a.nan_to_num(), b.nan_to_num())):
+            raise Unlowered("the code computes something else than it does")
+
+
+def _hand_on(graph: fx.Graph) -> None:
+    """Further keyword arguments go where the forward gives its own."""
+    more = next(n for n in graph.nodes if n.op == "placeholder")
+    for node in list(graph.nodes):
+        if _MORE not in node.kwargs:
+            continue
+        kwargs = {k: v for k, v in node.kwargs.items() if k != _MORE}
+        if node.op != "call_module":
+            raise Unlowered("it gives its further keyword arguments to a function")
+        with graph.inserting_before(node):
+            child = graph.create_node("get_attr", node.target)
+            call = graph.create_node("call_function", call_with, (child, more, *node.args), kwargs)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    if len(more.users) != sum(n.target is call_with for n in graph.nodes):
+        raise Unlowered("it looks at its further keyword arguments")
+
+
+def _stop(graph: fx.Graph, tracer: _Tracer, operations: Mapping[str, int]) -> None:
+    """Hands the values of some operations over to the steps of the host."""
+    for name, slot in operations.items():
+        node = tracer.operations.get(name)
+        if (
+            node is None
+            or node.op not in ("call_function", "call_method")
+            or list(tracer.operations.values()).count(node) != 1
+        ):
+            raise Unlowered(f"the operation {name!r} is a part of something larger in it")
+        if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
+            raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
+        with graph.inserting_after(node):
+            plan = graph.create_node("get_attr", PLAN)
+        with graph.inserting_after(plan):
+            stop = graph.create_node("call_function", at_operation, (plan, slot, node))
+        for user in [u for u in node.users if u is not stop]:
+            user.replace_input_with(node, stop)

@@ -1,0 +1,96 @@
+"""Which calls a host stands for, and what runs inside which call. Floor 1.
+
+A call of an imported module is written `path` or `path@1`; `""` is the model's own. In a declared graph nothing is
+called: there the name of a node or group takes the place of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from .bodies import Body
+from .graph import Graph
+from .names import path_of
+from .node import Node
+
+
+class Scopes:
+    """Where the hosts, bodies and nodes of one graph run."""
+
+    def __init__(self, graph: Graph, bodies: Mapping[str, Body]) -> None:
+        self.graph = graph
+        self.imported = graph.imported
+        self.bodies = bodies
+        self.known: dict[str, tuple[str, ...]] = {}
+
+    def of_host(self, host: str) -> tuple[str, ...]:
+        """The calls of a host, in the order of `graph.calls_of`; an operation stands in the call that runs it."""
+        if host not in self.known:
+            self.known[host] = self._of_host(host)
+        return self.known[host]
+
+    def _of_host(self, host: str) -> tuple[str, ...]:
+        if self.imported is None:
+            return (host,) * len(self.graph.calls_of(host))
+        if "/" in host:
+            return (self.imported.scopes[host],)
+        path, (call, _, label) = path_of(host), host[len(path_of(host)) :].partition(":")
+        calls = self.imported.modules[path].calls
+        numbers = [int(call[1:])] if call else range(len(calls))
+        given = [i for i in numbers if (any(p[0] == label for p in calls[i].parts) if label else calls[i].output)]
+        return tuple(f"{path}@{i}" if i else path for i in given)
+
+    def of_body(self, body: Body, index: int) -> str:
+        """The call at which the index-th copy of a body runs."""
+        return body.host if self.imported is None else self.of_host(body.host)[index]
+
+    def home(self, node: Node) -> str:
+        """The call that a host node is, or in which an operation or input of the model stands."""
+        name = node.name or ""
+        if self.imported is None or node.op == "input":
+            return name if self.imported is None else ""
+        return self.imported.scopes.get(name, "") if "/" in name else name.partition(":")[0]
+
+    def within(self, scope: str, outer: str) -> bool:
+        """Whether a call is this one, or is made while it runs."""
+        if self.imported is None:
+            return (scope + ".").startswith(outer + ".")
+        return any(above == outer for above in self.imported.around(scope))
+
+    @cached_property
+    def first(self) -> dict[str, int]:
+        """For each call the rank of the first node that runs in it."""
+        found: dict[str, int] = {}
+        for rank, node in enumerate(self.graph.nodes()):
+            if self.imported is None or node.body is not None or node.op == "input":
+                continue
+            for scope in self.imported.around(self.home(node)):
+                if scope in found:
+                    break
+                found[scope] = rank
+        return found
+
+    # ------------------------------------------------------------------ what is inside a host
+
+    def replaces_at(self, body: Body, index: int, view: str) -> bool:
+        """Whether the value that a body replaces is replaced for those who look from inside this call."""
+        if "/" in body.host or (self.imported is None and body.where != "before" and body.host in self.graph):
+            return True
+        inside = self.within(view, self.of_body(body, index))
+        return inside if body.where == "before" else not inside
+
+    def is_inside(self, reader: Node, scope: str, where: str) -> bool:
+        """Whether a reader of a value stands inside a host, at which the value is replaced for others or only there."""
+        if reader.op == "output":
+            return True
+        if reader.body is None:
+            if self.imported is None and scope in self.graph:
+                return where == "before" and reader.path == scope
+            return self.within(self.home(reader), scope)
+        body = self.bodies[reader.body]
+        index = int((reader.name or "").partition("@")[2] or 0)
+        own = self.of_body(body, index)
+        # a body runs when its host does, around it: one at the same host sees the input that its host sees
+        same = where == "before" or "/" in body.host
+        return self.within(own, scope) and (own != scope or same)

@@ -1,0 +1,143 @@
+"""What a hosted module does beside its own forward, as plain data, and how one such step is done. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import frames
+from .errors import GraphError
+from .frames import Key, Token
+from .imported import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument of a host: its position, None if it is given by name only, and its name."""
+
+    position: int | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that a host does with one of its values: in this order, as far as they are given.
+
+    Attributes:
+        at: the argument, or the way to the tensor in the output; not used at an operation.
+        fill: take the value of the frame in its place.
+        child: run the body of this name on it.
+        reads: what else the body is given: arguments of the host, or values of the frame.
+        keep: note the result in the frame.
+        owner: the module that has the body, if it is not the host itself.
+    """
+
+    at: Argument | Path = ()
+    fill: Key | None = None
+    child: str | None = None
+    reads: tuple[Argument | Key, ...] = ()
+    keep: Key | None = None
+    owner: Any = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it replaces the value."""
+        return self.child is not None or self.fill is not None
+
+    @property
+    def framed(self) -> bool:
+        """Whether it reads or writes a frame."""
+        return self.fill is not None or self.keep is not None or any(isinstance(r, Key) for r in self.reads)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The steps of one call of a host: at its arguments, at operations of its forward by number, at its output."""
+
+    entry: tuple[Step, ...] = ()
+    inside: tuple[tuple[Step, ...], ...] = ()
+    exit: tuple[Step, ...] = ()
+
+    def steps(self) -> Iterator[Step]:
+        """All of them."""
+        yield from (*self.entry, *(step for slot in self.inside for step in slot), *self.exit)
+
+
+def at_entry(self: nn.Module, token: Token | None, step: Step, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments after one step."""
+    assert isinstance(step.at, Argument)
+    position, name = step.at.position, step.at.name
+    by_position = position is not None and position < len(args)
+    value = _argument(args, kwargs, step.at)
+    new = done(self, token, step, value, args, kwargs)
+    if not step.changes:
+        return args, kwargs
+    if by_position:
+        return (*args[:position], new, *args[position + 1 :]), kwargs  # type: ignore[operator]
+    return args, {**kwargs, name: new}
+
+
+def at_exit(self: nn.Module, token: Token | None, step: Step, out: Any, args: Any, kwargs: Any) -> Any:
+    """The output after one step."""
+    path = step.at
+    assert isinstance(path, tuple)
+    if not path:
+        new = done(self, token, step, out, args, kwargs)
+        return new if step.changes else out
+    new = done(self, token, step, _at(out, path), args, kwargs)
+    return _put(out, path, new) if step.changes else out
+
+
+def done(self: nn.Module, token: Token | None, step: Step, value: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """What one step makes of a value."""
+    if step.fill is not None:
+        value = frames.read(token, step.fill)
+    if step.child is not None:
+        body = (self if step.owner is None else step.owner)._modules[step.child]
+        more = [frames.read(token, r) if isinstance(r, Key) else _argument(args, kwargs, r) for r in step.reads]
+        value = body(value, *more)  # type: ignore[misc]
+    if step.keep is not None:
+        frames.keep(token, step.keep, value)
+    return value
+
+
+def _argument(args: Any, kwargs: Any, argument: Argument) -> Any:
+    if argument.position is not None and argument.position < len(args):
+        return args[argument.position]
+    if argument.name in kwargs:
+        return kwargs[argument.name]
+    raise GraphError(
+        f"a body reads the argument {argument.name!r} of its host, which this call does not give",
+        hint="trace the model with the arguments that it is called with now",
+    )
+
+
+def _at(out: Any, path: Path) -> Any:
+    for key in path:
+        if isinstance(out, Tensor):
+            raise GraphError(
+                "a module with a body returned a tensor where it returned a structure when it was traced",
+                hint="trace it with the arguments that it is called with now",
+            )
+        out = getattr(out, key[1:]) if isinstance(key, str) and key.startswith(".") else out[key]
+    return out
+
+
+def _put(out: Any, path: Path, value: Any) -> Any:
+    """The same structure with one tensor replaced."""
+    key, rest = path[0], path[1:]
+    new = _put(_at(out, (key,)), rest, value) if rest else value
+    if isinstance(out, tuple):
+        items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
+        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+    if isinstance(key, str) and key.startswith("."):
+        if out.__dataclass_params__.frozen:
+            return dataclasses.replace(out, **{key[1:]: new})
+        setattr(out, key[1:], new)
+    else:
+        out[key] = new
+    return out
