@@ -92,16 +92,18 @@ class Graph(Verbs):
         self.imported = imported
         self._overrides = MappingProxyType(dict(overrides))
 
-    def _with(self, **changes: Any) -> Graph:
-        fields: dict[str, Any] = {
+    def _fields(self) -> dict[str, Any]:
+        return {
             "nodes": self._nodes,
             "outputs": self.outputs,
-            "bodies": self.bodies,
+            "bodies": dict(self.bodies),
             "splices": self.splices,
             "imported": self.imported,
-            "overrides": self._overrides,
+            "overrides": dict(self._overrides),
         }
-        graph = Graph._of(**{**fields, **changes})
+
+    def _with(self, **changes: Any) -> Graph:
+        graph = Graph._of(**{**self._fields(), **changes})
         graph.check()
         return graph
 
@@ -597,11 +599,14 @@ class Graph(Verbs):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in ("_nodes", "outputs", "splices")} | {
-            "bodies": dict(self.bodies),
-            "_overrides": dict(self._overrides),
-            "imported": self.imported.without_host() if self.imported is not None else None,
-        }
+        from .collect import stored
+
+        splices = tuple(map(stored, self.splices))
+        imported = self.imported.without_host() if self.imported is not None else None
+        return {**self._fields(), "splices": splices, "imported": imported}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._fill(**state)
 
 
 def prefixes(name: str) -> list[str]:

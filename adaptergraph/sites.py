@@ -274,7 +274,7 @@ def graph_of(model: nn.Module) -> Graph:
     if _ATTACHED in model.__dict__:
         return model.__dict__[_ATTACHED].graph
     if isinstance(model, CompiledGraph):
-        return model.source
+        return model._source
     raise GraphError(
         f"this {type(model).__name__} was not compiled from a graph",
         source=here(),

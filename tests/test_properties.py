@@ -298,6 +298,39 @@ def test_check_holds_after_any_verbs(graph, data):
     assert ag.Graph.from_json(graph.to_json()) == graph
 
 
+@SETTINGS
+@given(graphs(with_bodies=True), st.data())
+def test_no_verb_makes_a_cycle(graph, data):
+    """What stands for a node reads any other one: what comes earlier works, what comes later is refused by name."""
+    order = list(graph)
+    own = [n for n in order if graph[n].body is None and graph.op_of(n) != "input"]
+    assume(own)
+    name = data.draw(st.sampled_from(own))
+    read = data.draw(st.sampled_from([n for n in order if (graph[n].shape or ())[:1] == ("batch",)]))
+    node = graph[name]
+
+    def write(inputs=None, output=None):
+        return ag.dense(graph[read], node.shape[-1], name="new.node")
+
+    ways = {
+        "rewrite": lambda: graph.rewrite_nodes(lambda n: write if n.name == name else None),
+        "map": lambda: graph.map_nodes(lambda n: write() if n.name == name else n),
+        "replace": lambda: graph.replace(name, write()),
+    }
+    for how, way in ways.items():
+        try:
+            changed = way()
+        except ag.BadSplice as error:
+            what = str(error).splitlines()[0]
+            late = "a cycle" in what
+            assert late or "would be left without its host" in what, what
+            assert not late or order.index(read) > order.index(name), how
+            continue
+        invariants(changed)
+        assert changed["new.node"].inputs == (read,) or name == read
+        run(changed)
+
+
 def invariants(graph):
     graph.check()
     order = {n: i for i, n in enumerate(graph)}
