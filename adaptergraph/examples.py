@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .program import Other
 from .record import Recorder
 from .trace import recorded
 
@@ -31,7 +32,7 @@ def arguments_of(
 
     Returns:
         By path positional and keyword arguments: tensors with random values (whole numbers are zeros), plain values
-        as they are, and None for anything else.
+        as they are, and `Other` for anything else.
     """
     wanted = dict.fromkeys(paths)
     seen: dict[str, tuple[Any, Any]] = {}
@@ -68,7 +69,7 @@ def _described(value: Any, real: Mapping[Any, torch.dtype]) -> Any:
         return type(value)(_described(v, real) for v in value)
     if type(value) is dict:
         return {k: _described(v, real) for k, v in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else None
+    return value if value is None or isinstance(value, bool | int | float | str) else Other(type(value).__name__)
 
 
 def _made(value: Any, model: nn.Module, path: str) -> Any:
