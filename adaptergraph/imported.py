@@ -55,6 +55,7 @@ class Imported:
         scopes: for each node the call whose forward runs it, as `path` or `path@1`.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
+        given: the arguments of the traced call themselves; None for a graph from a file.
         host: the model; None for a graph from a file.
     """
 
@@ -65,6 +66,7 @@ class Imported:
     readers: Mapping[str, str] = field(default_factory=dict)
     scopes: Mapping[str, str] = field(default_factory=dict)
     example: Any = None
+    given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)
 
     def call(self, scope: str) -> Call:
@@ -103,5 +105,5 @@ class Imported:
             yield scope
 
     def without_host(self) -> Imported:
-        """The same without the model: for pickle and files."""
-        return replace(self, host=None)
+        """The same without the model and its arguments: for pickle and files."""
+        return replace(self, host=None, given=None)

@@ -150,10 +150,10 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
     assert graph.imported is not None
     if not operations:
         return {}
-    if graph.imported.example is None:
+    if graph.imported.example is None and graph.imported.given is None:
         path, names = next(iter(operations.items()))
         raise _unreached(graph, path, names, "the model was traced with arguments that cannot be made again")
-    given = arguments_of(model, graph.imported.example, operations)
+    given = arguments_of(model, graph.imported, operations)
     programs = {}
     for path, names in operations.items():
         module = model.get_submodule(path)

@@ -359,6 +359,8 @@ class _Finish:
         self.model = model
         self.recorder = recorder
         self.example = _example(model, args, kwargs)
+        copied = functools.cache(lambda tensor: tensor.detach().clone())
+        self.given = _mapped(args, copied), _mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}
@@ -398,6 +400,7 @@ class _Finish:
             readers=self.readers,
             scopes=self.scopes,
             example=self.example,
+            given=self.given,
             host=self.model,
         )
         return Graph._of(nodes=self.nodes, outputs=self.outputs(), imported=imported).check()
