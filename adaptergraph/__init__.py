@@ -10,6 +10,7 @@ from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
 from .methods import Bottleneck, Fusion, Stack, Sum, Switch
 from .node import Node
+from .places import places
 from .plan import plan_table
 from .select import Selection, span
 from .sites import detach, graph_of
@@ -46,6 +47,7 @@ __all__ = [
     "graph_of",
     "load",
     "load_branch",
+    "places",
     "plan_table",
     "save",
     "set_task",

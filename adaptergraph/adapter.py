@@ -14,14 +14,21 @@ from .layers.table import check_activation
 from .names import check_name
 from .node import Node, format_shape
 
-# how `down` and `up` start: names of initializers, or the deviation of a normal distribution
-INITS: dict[str, tuple[Any, Any]] = {"zeros": (None, "zeros"), "normal": (0.02, 1e-3)}
+# how the weights of `down` and `up` and the bias of `down` start: names of initializers, the deviation of a normal
+# distribution, or None for torch's own; the bias of `up` starts at zero
+INITS: dict[str, tuple[Any, Any, Any]] = {
+    "zeros": (None, "zeros", None),
+    "normal": (0.02, 1e-3, "zeros"),
+    "houlsby": ("truncated_normal", "truncated_normal", "zeros"),
+    "bert": (0.02, 0.02, "zeros"),
+    "lora": (None, "zeros", "zeros"),
+}
 
 
 class Adapter:
     """Bottleneck adapters as Edifice writes them.
 
-    `up` starts at zero, so a fresh adapter is the identity. Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
+    `up` starts at zero, so a fresh adapter is the identity, unless `init=` says otherwise. Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
     """
 
     @staticmethod
@@ -69,7 +76,9 @@ class Adapter:
             name: the nodes are `name.down`, `name.act`, `name.up`, `name.residual`.
             dropout: after the activation, while training.
             scale: a number, or `"learned"`: one parameter that starts at one.
-            init: `"zeros"` (up starts at zero) or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero).
+            init: `"zeros"`: down as `nn.Linear`, up zero. With zero biases: `"normal"`: down N(0, 0.02), up N(0, 1e-3);
+                `"houlsby"`: both N(0, 0.01), cut off at 0.02; `"bert"`: both N(0, 0.02), which changes what comes out;
+                `"lora"`: down Kaiming-uniform with a = √5, up zero. `"zeros"` and `"lora"` start as the identity.
             residual: add x.
             layer_norm: a norm `"before"` down or `"after"` up.
 
@@ -152,8 +161,7 @@ def bottleneck(
     check_activation(activation)
     check_rate(dropout)
     check_choices(scale=scale, init=init, residual=residual, layer_norm=layer_norm)
-    down_init, up_init = INITS[init]
-    bias_init = "zeros" if init == "normal" else None
+    down_init, up_init, bias_init = INITS[init]
 
     def called(part: str) -> str:
         return f"{prefix}.{part}" if prefix else part
@@ -221,7 +229,7 @@ def check_choices(*, scale: Any, init: Any, residual: Any, layer_norm: Any) -> N
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number and scale != "learned":
         raise GraphError(f"scale is a number or 'learned', not {scale!r}", source=here())
-    if init not in INITS:
+    if not isinstance(init, str) or init not in INITS:
         hint = suggestion(init, INITS) if isinstance(init, str) else None
         raise GraphError(f"unknown init {init!r}", source=here(), hint=hint)
     check_flag(residual, "residual")

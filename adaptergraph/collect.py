@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .bodies import Body, Splice
 from .errors import DuplicateName, GraphError, here
-from .graph import Graph, prefixes
+from .graph import Graph
 from .names import body_name, check_name, path_of
 from .node import Node, check_present, format_shape
 
@@ -229,6 +230,23 @@ def remaining(splices: Iterable[Splice], bodies: Mapping[str, Body]) -> tuple[Sp
     return tuple(left)
 
 
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Stands in a pickle for a method that pickle cannot store: a function without a place in a module."""
+
+    name: str
+
+
+def stored(splice: Splice) -> Splice:
+    """A splice for a pickle: its method is only a record, the nodes are in the graph; of code the name is kept."""
+    try:
+        pickle.dumps(splice.method)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        name = getattr(splice.method, "__qualname__", None) or repr(splice.method)
+        return replace(splice, method=Code(name))
+    return splice
+
+
 # ---------------------------------------------------------------------- what must be true
 
 
@@ -268,7 +286,9 @@ def check(graph: Graph) -> None:
 def _check_children(graph: Graph) -> None:
     """`a.weight` beside a node `a` with a parameter `weight` would replace it, and a tensor has no children."""
     for name, node in graph._nodes.items():
-        for prefix in prefixes(name):
+        prefix = name
+        while "." in prefix:
+            prefix = prefix.rpartition(".")[0]
             owner = graph._nodes.get(prefix)
             if owner is None or (not owner.params and owner.op != "constant"):
                 continue
@@ -307,7 +327,10 @@ def _check_shared(graph: Graph) -> None:
     """Nodes of one module path are calls of one module: `fc` and `fc@1` have one set of weights."""
     owners: dict[str, Node] = {}
     for name, node in graph._nodes.items():
-        first = owners.setdefault(node.path, node)
+        if "@" not in name:
+            continue
+        path = node.path
+        first = owners.setdefault(path, graph._nodes.get(path, node))
         if first is not node and (first.op, dict(first.params), first.options) != (
             node.op,
             dict(node.params),

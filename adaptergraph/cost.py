@@ -134,8 +134,9 @@ def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
         objects = gc.get_objects()
         left = [t for t in objects if type(t) is FakeTensor and t.fake_mode is mode and id(t) not in own]
+        ids = {id(t) for t in left}
         for cached in [o for o in objects if type(o) is _lru_cache_wrapper] if left else ():
-            if cached.cache_info().currsize and any(_holds(cached, t) for t in left):
+            if cached.cache_info().currsize and _holds(cached, ids):
                 cached.cache_clear()
 
 

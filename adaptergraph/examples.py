@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .imported import Imported
+from .program import Other
 from .record import Recorder
 from .trace import recorded
 
@@ -21,17 +23,12 @@ class Like:
     dtype: torch.dtype
 
 
-def arguments_of(
-    model: nn.Module, example: Mapping[str, Mapping[str, Any]], paths: Iterable[str]
-) -> dict[str, tuple[Any, Any]]:
+def arguments_of(model: nn.Module, imported: Imported, paths: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """What these modules are called with first, when the model is called as it was when it was traced.
-
-    Args:
-        example: `Imported.example`.
 
     Returns:
         By path positional and keyword arguments: tensors with random values (whole numbers are zeros), plain values
-        as they are, and None for anything else.
+        as they are, and `Other` for anything else.
     """
     wanted = dict.fromkeys(paths)
     seen: dict[str, tuple[Any, Any]] = {}
@@ -49,8 +46,11 @@ def arguments_of(
 
     first = next(model.parameters(), None)
     device = first.device if first is not None and not first.is_meta else None
-    given = {n: _given(v, device) for n, v in example.items()}
-    recorded(model, (), given, Watcher)
+    if imported.given is not None:
+        args, kwargs = imported.given
+    else:
+        args, kwargs = (), {n: _given(v, device) for n, v in (imported.example or {}).items()}
+    recorded(model, args, kwargs, Watcher)
     return {path: (_made(args, model, path), _made(kwargs, model, path)) for path, (args, kwargs) in seen.items()}
 
 
@@ -68,7 +68,7 @@ def _described(value: Any, real: Mapping[Any, torch.dtype]) -> Any:
         return type(value)(_described(v, real) for v in value)
     if type(value) is dict:
         return {k: _described(v, real) for k, v in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else None
+    return value if value is None or isinstance(value, bool | int | float | str) else Other(type(value).__name__)
 
 
 def _made(value: Any, model: nn.Module, path: str) -> Any:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import pydantic
 import torch
 
 from .bodies import Body, Splice
+from .collect import Code
 from .errors import GraphError, here, suggestion
 from .graph import Graph
 from .imported import Call, Imported, Module
 from .layers.table import OPS, runnable
+from .lower import HALF
 from .methods import METHODS
 from .names import check_imported_name, check_input_name, check_name
 from .node import Node, Param
@@ -145,7 +147,7 @@ def method_to_json(method: Any) -> dict[str, Any]:
     {'method': 'Bottleneck', 'size': 8, 'activation': 'gelu'}
     """
     if METHODS.get(type(method).__name__) is not type(method):
-        name = getattr(method, "__qualname__", type(method).__name__)
+        name = method.name if isinstance(method, Code) else getattr(method, "__qualname__", type(method).__name__)
         raise GraphError(
             f"the method {name!r} is code of yours, which has no name in a file",
             source=here(),
@@ -294,6 +296,7 @@ def graph_from_json(text: str) -> Graph:
     data: GraphText = parsed(GraphText, text, "the graph")
     imported = data.imported
     table: dict[str, Node] = {}
+    seen: dict[str, Node] = {}  # as bodies see them: on a half-precision model they compute in float32
     for item in data.nodes:
         hosted = imported is not None and item.body is None
         (check_imported_name if hosted else _check_own_name)(item.name)
@@ -302,7 +305,8 @@ def graph_from_json(text: str) -> Graph:
         missing = [i for i in item.inputs if i not in table]
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
-        table[item.name] = _host_node(item) if hosted else _own_node(item, table)
+        node = table[item.name] = _host_node(item) if hosted else _own_node(item, seen)
+        seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
     outputs: Any = _outputs(data.outputs)
     graph = Graph._of(
         nodes=table,
@@ -397,7 +401,7 @@ def _computed(
         value: Value | None = _part(item, options, table)
         params: Mapping[str, Param] = {}
     else:
-        spec = _spec(item.op, options, [_full(table[i], item.body) for i in item.inputs], item.name)
+        spec = _spec(item.op, options, [table[i] for i in item.inputs], item.name)
         value, params = spec.value, spec.params
     return (None, None) if value is None else (value.shape, value.dtype), params
 
@@ -418,14 +422,6 @@ def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node])
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(parts):
         raise GraphError(f"the graph is not readable: {item.name!r} is no output of {item.inputs}", node=item.name)
     return parts[index]
-
-
-def _full(node: Node, body: str | None) -> Node:
-    """A body on a half-precision host computes in float32."""
-    from dataclasses import replace
-
-    half = node.body is None and body is not None and node.dtype in (torch.float16, torch.bfloat16)
-    return replace(node, dtype=torch.float32) if half else node
 
 
 def _imported_from_json(data: ImportedText) -> Imported:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bodies import Body, Splice
+from .errors import UnknownNode, here
 from .names import path_of
 from .node import EMPTY, Node, Param
 from .select import Selection, Selector, no_match, select
@@ -91,25 +92,31 @@ class Graph(Verbs):
         self.imported = imported
         self._overrides = MappingProxyType(dict(overrides))
 
-    def _with(self, **changes: Any) -> Graph:
-        fields: dict[str, Any] = {
+    def _fields(self) -> dict[str, Any]:
+        return {
             "nodes": self._nodes,
             "outputs": self.outputs,
-            "bodies": self.bodies,
+            "bodies": dict(self.bodies),
             "splices": self.splices,
             "imported": self.imported,
-            "overrides": self._overrides,
+            "overrides": dict(self._overrides),
         }
-        graph = Graph._of(**{**fields, **changes})
+
+    def _with(self, **changes: Any) -> Graph:
+        graph = Graph._of(**{**self._fields(), **changes})
         graph.check()
         return graph
 
     # ------------------------------------------------------------------ reading
 
     def __getitem__(self, name: str) -> Node:
-        if name in self._nodes:
-            return replace(self._nodes[name], graph=self)
-        raise no_match(str(name), self.selectable)
+        if name not in self._nodes:
+            # a module or container means its output, of several calls the first one's
+            values = self.calls_of(str(name))
+            if not values:
+                raise UnknownNode(f"{name!r} is never called: it has no output", node=name, source=here())
+            name = values[0]
+        return replace(self._nodes[name], graph=self)
 
     def __contains__(self, name: object) -> bool:
         return name in self._nodes
@@ -592,11 +599,14 @@ class Graph(Verbs):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k in ("_nodes", "outputs", "splices")} | {
-            "bodies": dict(self.bodies),
-            "_overrides": dict(self._overrides),
-            "imported": self.imported.without_host() if self.imported is not None else None,
-        }
+        from .collect import stored
+
+        splices = tuple(map(stored, self.splices))
+        imported = self.imported.without_host() if self.imported is not None else None
+        return {**self._fields(), "splices": splices, "imported": imported}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._fill(**state)
 
 
 def prefixes(name: str) -> list[str]:

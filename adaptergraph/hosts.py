@@ -132,6 +132,13 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
             source=source,
             hint="trace it inside another module: nn.Sequential(model)",
         )
+    if graph.imported.values(host) is None:
+        raise BadSplice(
+            f"{host!r} is computed inside a module without modules: no body can be attached there",
+            node=host,
+            source=source,
+            hint=f"splice at {path_of(host)!r}",
+        )
     if not module.calls:
         raise _never_called(graph, host, source)
     values = graph.calls_of(host)
@@ -151,8 +158,8 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
 
 def _refuse_operation(graph: Graph, host: str, source: Source | None) -> None:
     assert graph.imported is not None
-    node = graph._nodes[host]
-    around = path_of(graph.imported.scopes[host])
+    node = graph[host]
+    around = path_of(host)
     instead = f"splice at the module around it: {around!r}" if around else "splice at a module inside the model"
     if node.op == "output":
         raise BadSplice(

@@ -55,6 +55,7 @@ class Imported:
         scopes: for each node the call whose forward runs it, as `path` or `path@1`.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
+        given: the arguments of the traced call themselves; None for a graph from a file.
         host: the model; None for a graph from a file.
     """
 
@@ -65,6 +66,7 @@ class Imported:
     readers: Mapping[str, str] = field(default_factory=dict)
     scopes: Mapping[str, str] = field(default_factory=dict)
     example: Any = None
+    given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)
 
     def call(self, scope: str) -> Call:
@@ -73,18 +75,26 @@ class Imported:
         return self.modules[path_of(scope)].calls[int(index) if at else 0]
 
     def values(self, name: str) -> tuple[str, ...] | None:
-        """What a module, one of its calls (`name@1`) or one of its outputs (`name:1`) gives; None if it is none."""
+        """What a module or an operation of its forward gives, at every call; None if the name is none of these.
+
+        `name@1` is one call, `name:1` one of several outputs, `name/add` an operation, `name@1/add` that of one call.
+        """
         path = path_of(name)
-        module, part = self.modules.get(path) if path else None, name[len(path) :]
-        if module is None or "/" in part:
+        module, part = self.modules.get(path), name[len(path) :]
+        if module is None or not name:
             return None
-        call, _, label = part.partition(":")
+        head, slash, operation = part.partition("/")
+        call, _, label = head.partition(":")
         index = call.removeprefix("@")
         if call and (not index.isdecimal() or int(index) >= len(module.calls)):
             return None
-        calls = module.calls[int(index) : int(index) + 1] if call else module.calls
+        numbers = [int(index)] if call else range(len(module.calls))
+        if slash:
+            names = (f"{path}@{i}/{operation}" if i else f"{path}/{operation}" for i in numbers)
+            return tuple(n for n in names if n in self.scopes) or None
+        calls = [module.calls[i] for i in numbers]
         if not label:
-            return tuple(c.output for c in calls if c.output)
+            return tuple(c.output for c in calls if c.output) if path else None
         return tuple(node for c in calls for own, node, _ in c.parts if own == label) or None
 
     def around(self, scope: str) -> Iterator[str]:
@@ -95,5 +105,5 @@ class Imported:
             yield scope
 
     def without_host(self) -> Imported:
-        """The same without the model: for pickle and files."""
-        return replace(self, host=None)
+        """The same without the model and its arguments: for pickle and files."""
+        return replace(self, host=None, given=None)

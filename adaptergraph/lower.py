@@ -47,8 +47,7 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
             _plainly(f"input {name!r} is no tensor")
             what = "is missing" if value is None else f"is no tensor but a {type(value).__name__}"
             raise GraphError(f"input {name!r} {what}", node=name, hint=f"call model({name}=…)")
-        both_floats = dtype.is_floating_point and value.is_floating_point()
-        if value.dtype != dtype and not (both_floats and torch.is_autocast_enabled(value.device.type)):
+        if value.dtype != dtype and not _cast_later(value, dtype):
             _plainly(f"input {name!r} has another dtype than declared: {dtype}")
             raise ShapeMismatch(
                 f"input {name!r} has another dtype than declared",
@@ -72,6 +71,12 @@ def check_inputs(inputs: Inputs, *values: Tensor | None) -> None:
             )
 
 
+def _cast_later(value: Tensor, dtype: torch.dtype) -> bool:
+    """Autocast mends it."""
+    both_floats = dtype.is_floating_point and value.is_floating_point()
+    return both_floats and torch.is_autocast_enabled(value.device.type)
+
+
 def _plainly(message: str) -> None:
     """The error for `torch.compile(fullgraph=True)`, which can trace no other; without `fullgraph` ours follows."""
     if torch.compiler.is_compiling():
@@ -89,26 +94,26 @@ class CompiledGraph(torch.fx.GraphModule):
     Copies and pickles keep their class, so that equal graphs stay one class; pickle stores the graph, not code.
     """
 
-    source: Graph
-    inputs: Inputs
+    _source: Graph
+    _inputs: Inputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledGraph:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        keep = {id(self._graph): self._graph, id(self.source): self.source}
+        keep = {id(self._graph): self._graph, id(self._source): self._source}
         memo.update(keep)
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "source")}
-        return _shell, (self.source, bool(self.inputs.specs)), state
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_source")}
+        return _shell, (self._source, bool(self._inputs.specs)), state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         # what `half()` or `to(…)` does to parameters it means for inputs too
-        specs = tuple((name, shape, fn(torch.empty(0, dtype=d)).dtype) for name, shape, d in self.inputs.specs)
-        self.inputs = replace(self.inputs, specs=specs)
+        specs = tuple((name, shape, fn(torch.empty(0, dtype=d)).dtype) for name, shape, d in self._inputs.specs)
+        self._inputs = replace(self._inputs, specs=specs)
         return self
 
 
@@ -136,10 +141,10 @@ def _shell(graph: Graph, checked: bool) -> CompiledGraph:
     nn.Module.__init__(shell)
     shell.__dict__.update(copy.copy(attributes))
     shell.__dict__["_graph"] = program
-    shell.source = graph
+    shell._source = graph
     specs = ((n, i.shape or (), i.dtype or torch.float32) for n, i in graph.inputs.items())
     optional = frozenset(n for n, i in graph.inputs.items() if i.options.get("optional"))
-    shell.inputs = Inputs(tuple(specs) if checked else (), optional=optional)
+    shell._inputs = Inputs(tuple(specs) if checked else (), optional=optional)
     return shell
 
 
@@ -158,7 +163,7 @@ def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
         values[name] = program.placeholder(name, default_value=None) if checked else program.placeholder(name)
     given = next(iter(values.values()), None)
     if checked:
-        program.call_function(check_inputs, (program.get_attr("inputs"), *values.values()))
+        program.call_function(check_inputs, (program.get_attr("_inputs"), *values.values()))
     narrow = not checked and any(n.dtype in HALF for n in graph.inputs.values()) and bool(graph.params)
     if narrow:
         # small updates are lost in half precision: compute in the dtype of the body's own parameters
@@ -361,6 +366,14 @@ def _outside(graph: Graph, body: str) -> list[str]:
     return sorted(values, key=lambda v: v != graph.bodies[body].calls[0][0])
 
 
+def _arrives_as(graph: Graph, node: Node) -> torch.dtype | None:
+    """In an imported model a body gives the dtype of its host, whatever it computes in."""
+    while graph.imported is not None and node.body is not None:
+        read = next(r for r, written in graph.bodies[node.body].calls if written == node.name)
+        node = graph._nodes[read]
+    return node.dtype
+
+
 def body_graph(graph: Graph, body: str) -> Graph:
     """One body as a graph of its own: what it reads from outside are inputs `x`, `input`, …; names are relative."""
     record = graph.bodies[body]
@@ -371,7 +384,7 @@ def body_graph(graph: Graph, body: str) -> Graph:
     table: dict[str, Node] = {}
     for value in outside:
         host = graph._nodes[value]
-        table[names[value]] = Node("input", (), names[value], host.shape, host.dtype)
+        table[names[value]] = Node("input", (), names[value], host.shape, _arrives_as(graph, host))
     for node in nodes:
         names[node.name or ""] = (node.name or "").removeprefix(body + ".")
     for node in nodes:

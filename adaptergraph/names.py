@@ -14,6 +14,7 @@ import torch.fx
 from .errors import GraphError, Source
 
 SEGMENT = re.compile(r"[A-Za-z0-9_]+")
+_PATH_ENDS = re.compile(r"[@/:]")
 # `<module path>`, then `@2` (a further call), `/add_1` (an operation in its forward), `:hidden` (a further output)
 _IMPORTED = re.compile(r"[\w.]*(?:@\d+)?(?:/\w+)?(?:@\d+)?(?::[\w:]+)?", re.ASCII)
 
@@ -22,7 +23,7 @@ _IMPORTED = re.compile(r"[\w.]*(?:@\d+)?(?:/\w+)?(?:@\d+)?(?::[\w:]+)?", re.ASCI
 def reserved() -> frozenset[str]:
     """Attributes of the class a graph is lowered to: a child of such a name would replace one of them."""
     own = set(dir(torch.fx.GraphModule)) | set(vars(torch.nn.Module()))
-    return frozenset(own | {"source", "inputs", "_graph", "_code", "meta"})
+    return frozenset(own | {"_source", "_inputs", "_graph", "_code", "meta"})
 
 
 def check_name(name: object, source: Source | None = None) -> str:
@@ -108,4 +109,5 @@ def path_of(name: str) -> str:
     >>> path_of("encoder.dropout@1"), path_of("lstm:1")
     ('encoder.dropout', 'lstm')
     """
-    return re.split(r"[@/:]", name, maxsplit=1)[0]
+    end = _PATH_ENDS.search(name)
+    return name if end is None else name[: end.start()]

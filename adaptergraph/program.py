@@ -36,6 +36,13 @@ class Unlowered(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """An argument that is neither a tensor nor a plain value, such as a cache: only its kind is known."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter of a lowered forward."""
 
@@ -307,7 +314,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     """
     forward = type(module).forward
     signature = inspect.signature(forward)
-    source = _Source(inspect.unwrap(forward))
+    source = _Source(module, inspect.unwrap(forward))
     kinds = {p.name: p.kind for p in list(signature.parameters.values())[1:]}
     if inspect.Parameter.VAR_POSITIONAL in kinds.values():
         raise Unlowered("it takes any number of arguments by position")
@@ -316,6 +323,11 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     values = dict(list(bound.arguments.items())[1:])
     rest = next((n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
     more = values.pop(rest) if rest else {}
+    for name, value in values.items():
+        if isinstance(value, Other) and name in source.asked:
+            raise Unlowered(f"it asks whether {name!r} is None, which is a {value.kind} that cannot be made again")
+    values = {n: None if isinstance(v, Other) else v for n, v in values.items()}
+    more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
@@ -323,23 +335,33 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     was = module.training
     graphs = {}
     try:
-        for mode in (False, True):
+        for mode in (False, True) if source.trains else (False,):
             module.training = mode
             graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
     finally:
         module.training = was
-    return Program(positional, parameters, rest is not None, graphs)
+    return Program(positional, parameters, rest is not None, {True: graphs[False], **graphs})
 
 
 class _Source:
-    """What can be read off the text of a forward."""
+    """What can be read off the text of a forward.
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    Attributes:
+        asked: names that it compares with None.
+        trains: whether it may look at the mode, itself or in another method.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
         except (OSError, TypeError, SyntaxError):
             raise Unlowered("its source is not there to be read") from None
         self.asked: set[str] = set()
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in ("self", "super")]
+        own = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        read = [n.attr for n in own if n.value.id == "self"]  # type: ignore[attr-defined]
+        methods = any(inspect.isroutine(getattr(type(module), name, None)) for name in read)
+        self.trains = "training" in read or methods or len(names) != len(read)
         for node in ast.walk(tree):
             if isinstance(node, ast.With):
                 raise Unlowered("it runs a part of itself in a `with` block")
@@ -386,12 +408,21 @@ def _own(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(expected: Any, found: Any) -> None:
     """Whether lowered code computes what the module computes, bit for bit."""
+    _refuse_kind(expected)
     one, two = list(tensors(expected)), list(tensors(found))
     if [p for p, _ in one] != [p for p, _ in two]:
         raise Unlowered("the code returns another structure than it does")
     for (_, a), (_, b) in zip(one, two, strict=True):
         if a.shape != b.shape or (not a.is_meta and not torch.equal(a.nan_to_num(), b.nan_to_num())):
             raise Unlowered("the code computes something else than it does")
+
+
+def _refuse_kind(value: Any) -> None:
+    """Generated code returns plain containers only."""
+    if isinstance(value, Mapping | tuple | list) and type(value) not in (tuple, list, dict):
+        raise Unlowered(f"it returns a {type(value).__name__}, which code cannot write down")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ():
+        _refuse_kind(part)
 
 
 def _hand_on(graph: fx.Graph) -> None:

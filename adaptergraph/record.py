@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -53,8 +55,11 @@ class _Frame:
     index: int
     scope: str
     versions: dict[int, int] = field(default_factory=dict)
+    given: list[Tensor] = field(default_factory=list)
+    reads: list[Any] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
+    handed_on: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,23 +78,29 @@ class Recorder:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model = model
         self.paths = {id(m): n for n, m in model.named_modules()}
+        self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
         self.parameters: dict[int, str] = {}
         self.dtype = dtype
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.alive: list[Tensor] = []
+        self.owned: set[int] = set()
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
         self.inputs: list[Record] = []
         self.paused = False
+        self.hidden = False
+        self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
         refs = [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters = [], {}, {}, {}
+        # the frames of its traceback hold tensors
+        self.failed = None
         return refs
 
     def arguments(self, args: Any, kwargs: Any) -> None:
@@ -102,24 +113,55 @@ class Recorder:
                 self.bind(tensor, record, ())
                 self.inputs.append(record)
 
+    def hold(self, tensor: Tensor) -> None:
+        """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
+        self.owned.add(id(tensor))
+        self.alive.append(tensor)
+        self.storages.setdefault(_storage(tensor), []).append(tensor)
+
     def bind(self, tensor: Tensor, record: Record, key: Any) -> None:
         """From now on this tensor is what the event gave."""
         self.values[id(tensor)] = (record, key)
         self.alive.append(tensor)
         self.storages.setdefault(_storage(tensor), []).append(tensor)
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """While this lasts, every module says when it is entered and left."""
-        handles: list[Any] = []
-        try:
-            for module in self.model.modules():
-                handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self.leave, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watch(self) -> None:
+        """Puts a forward on every module that says when it begins and ends; a body will run in the same place.
+
+        So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
+        """
+        known: dict[int, inspect.Signature] = {}
+        for module in self.model.modules():
+            forward = module.forward
+            function = id(getattr(forward, "__func__", forward))
+            if function not in known:
+                known[function] = inspect.signature(forward)
+            self.signatures[id(module)] = known[function]
+            vars(module)["forward"] = self.watched(module, forward)
+
+    def watched(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that says when it begins and ends."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                self.enter(module, args, kwargs)
+            depth = len(self.frames)
+            try:
+                output = forward(*args, **kwargs)
+            except BaseException as error:
+                # the caller may go on without it
+                if self.failed is None or self.failed[0] is not error:
+                    self.failed = (error, self.frames[depth - 1].path)
+                self.frames[depth - 2].records += self.frames[depth - 1].records
+                del self.frames[depth - 1 :]
+                raise
+            output = self.own(output)
+            with torch._C.DisableTorchFunction():
+                self.leave(module, args, kwargs, output)
+            return output
+
+        return run
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run."""
@@ -127,48 +169,54 @@ class Recorder:
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
-        versions = {id(t): version(t) for _, t in tensors((args, kwargs))}
-        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions))
-
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """A module has run; what it returns may be replaced by tensors of its own."""
-        frame = self.frames.pop()
-        caller = self.frames[-1]
         given = [t for _, t in tensors((args, kwargs))]
+        reads = [origin for t in given if (origin := self.origin(t, self.frames[-1])) is not None]
+        versions = {id(t): version(t) for t in given}
+        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions, given, reads))
+
+    def own(self, output: Any) -> Any:
+        """What a module returns, with tensors of its own where it hands on what it was given."""
+        frame = self.frames[-1]
+        given = {id(t) for t in frame.given}
 
         def fresh(tensor: Tensor) -> Tensor:
-            """A tensor of its own where a module hands on what it was given."""
-            same = any(tensor is g for g in given) and not self.made_in(tensor, frame)
-            return tensor.view_as(tensor) if same else tensor
+            if id(tensor) not in given or self.made_in(tensor, frame):
+                return tensor
+            new = tensor.view_as(tensor)
+            frame.handed_on[id(new)] = self.values.get(id(tensor))
+            return new
 
         self.paused = True
         output = replaced(output, fresh)
         self.paused = False
+        return output
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A module has run."""
+        frame = self.frames.pop()
+        caller = self.frames[-1]
         outs = list(tensors(output))
         if not frame.calls_children:
-            caller.records.append(self.leaf(module, frame, caller, given, outs))
+            caller.records.append(self.leaf(module, frame, caller, outs))
         else:
             caller.records += frame.records
             for _, tensor in outs:
                 if id(tensor) not in self.values:
-                    self.passed_on(tensor, frame, caller, given)
+                    self.passed_on(tensor, frame, caller)
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
-        return output
 
     def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
         """Whether an event inside this call gave the tensor."""
         value = self.values.get(id(tensor))
         return value is not None and any(value[0] is r for r in frame.records)
 
-    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, given: list[Tensor], outs: list[Any]) -> Record:
+    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
-        for tensor in given:
-            if id(tensor) in self.values:
-                record.reads.append(self.values[id(tensor)])
+        record.reads += frame.reads
         for inner in frame.records:
             record.reads += [read for read in inner.reads if read[0] not in frame.records]
             record.params.update(inner.params)
@@ -179,18 +227,41 @@ class Recorder:
             self.bind(tensor, record, path)
         return record
 
-    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame, given: list[Tensor]) -> None:
+    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
         """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
         record = Record("op", "identity", frame.scope)
-        record.reads = [self.values[id(g)] for g in given if id(g) in self.values]
+        if id(tensor) in self.parameters:
+            record.params[self.parameters[id(tensor)]] = None
+        elif frame.handed_on.get(id(tensor)) is not None:
+            record.reads = [frame.handed_on[id(tensor)]]
+        elif self.made_unseen(tensor):
+            record.op, record.reads = "unseen", self.earlier(frame)
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
 
+    def origin(self, tensor: Tensor, frame: _Frame) -> Any:
+        """The event that gave a tensor; None for one that was there before the run."""
+        if self.made_unseen(tensor):
+            record = Record("op", "unseen", frame.scope, reads=self.earlier(frame))
+            record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+            self.bind(tensor, record, ())
+            frame.records.append(record)
+        return self.values.get(id(tensor))
+
+    def made_unseen(self, tensor: Tensor) -> bool:
+        """Whether code made it that torch does not show: inside `torch.func`, or of an extension."""
+        known = id(tensor) in self.values or id(tensor) in self.owned
+        return not known and (self.hidden or isinstance(tensor, FakeTensor))
+
+    def earlier(self, frame: _Frame) -> list[Any]:
+        """All that code in this call can have read."""
+        return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
+
     def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
         """The float tensors among the arguments by name, without those that the forward overwrote."""
         try:
-            named = bound(module, args, kwargs)
+            named = by_name(self.signatures[id(module)], args, kwargs)
         except TypeError:
             return []
         return [
@@ -204,20 +275,27 @@ class Recorder:
 
     def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs a torch function and notes what it read, made and changed in place."""
-        if self.paused:
+        inside = torch._C._functorch.peek_interpreter_stack() is not None
+        self.hidden |= inside
+        if self.paused or inside:
             return func(*args, **kwargs)
-        given = [t for _, t in tensors((args, kwargs))]
+        given = [t for value in (*args, *kwargs.values()) for _, t in tensors(value)]
         versions = [version(t) for t in given]
         result = func(*args, **kwargs)
-        mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
         outs = list(tensors(result))
+        mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
+        if len(mutated) > 1:
+            mutated = _written(func, args, kwargs, mutated, outs)
+        elif _replaces(func):
+            mutated = [args[0]]
         if not outs and not mutated:
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         for tensor in given:
-            if id(tensor) in self.values:
-                record.reads.append(self.values[id(tensor)])
+            origin = self.origin(tensor, frame)
+            if origin is not None:
+                record.reads.append(origin)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
 
@@ -230,25 +308,27 @@ class Recorder:
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             self.bind(tensor, record, path)
-        for tensor in mutated:
-            self.changed(tensor, record, next((p for p, t in outs if t is tensor), "changed"))
+        for number, tensor in enumerate(mutated):
+            further = ("changed", number) if number else "changed"
+            self.changed(tensor, record, next((p for p, t in outs if t is tensor), further))
         frame.records.append(record)
         return result
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
         record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
-        if id(tensor) not in self.values:
+        if all(tensor is not t for t in self.storages.get(_storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
         for number, alias in enumerate(self.storages[_storage(tensor)]):
-            known, old = self.values[id(alias)]
-            if known is record or not _overlap(alias, tensor):
+            old = self.values.get(id(alias))
+            if (old is not None and old[0] is record) or not _overlap(alias, tensor):
                 continue
             if _place(alias) == _place(tensor):
                 self.values[id(alias)] = (record, key)
                 continue
             # another view: what was not written comes from the value that it had
-            record.reads.append((known, old))
+            if old is not None:
+                record.reads.append(old)
             view = ("view", number)
             record.outs[view] = (tuple(alias.shape), alias.dtype)
             self.values[id(alias)] = (record, view)
@@ -260,19 +340,57 @@ class Recorder:
 
 
 class Operations(TorchFunctionMode):
-    """Shows every torch function to a recorder."""
+    """Shows every torch function to a recorder, and every call of a TorchScript function as one."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
+    def __enter__(self) -> Any:
+        self.call = call = torch.jit.ScriptFunction.__call__
+        thread, recorder = threading.get_ident(), self.recorder
+
+        def seen(script: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return call(script, *args, **kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return call(script, *args, **kwargs)
+
+            run.__name__ = script.name
+            with torch._C.DisableTorchFunction():
+                return recorder.operation(run, args, kwargs)
+
+        torch.jit.ScriptFunction.__call__ = seen  # type: ignore[assignment,method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.jit.ScriptFunction.__call__ = self.call  # type: ignore[method-assign]
+        super().__exit__(*error)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.recorder.operation(func, args, kwargs or {})
 
 
+def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
+    """Those that a function wrote into: tensors over one storage count their changes together."""
+    target = [args[0]] if func is Tensor.__setitem__ else []
+    target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
+    return [t for t in changed if any(t is g for g in target)] or changed
+
+
+def _replaces(func: Any) -> bool:
+    """Whether a function gives its first argument other memory, which no version counts."""
+    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        # an inference tensor counts none
+        return 0
 
 
 def _storage(tensor: Tensor) -> int:
@@ -303,6 +421,9 @@ def _extent(tensor: Tensor) -> tuple[Any, Any]:
     return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
 
 
+_PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
+
+
 def op_name(func: Any) -> str:
     """What an operation is called in a graph."""
     name = getattr(func, "__name__", type(func).__name__)
@@ -313,7 +434,11 @@ def op_name(func: Any) -> str:
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
-    signature = inspect.signature(module.forward)
+    return by_name(inspect.signature(module.forward), args, kwargs)
+
+
+def by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by the names of a signature."""
     named: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         kind = signature.parameters[name].kind
@@ -330,9 +455,13 @@ def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
     """The tensors in a structure and the way to each: an index, a key, or `.name` for an attribute."""
     if isinstance(value, Tensor):
         yield path, value
+    elif type(value) in _PLAIN:
+        return
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from tensors(item, (*path, i))
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step), path)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from tensors(item, (*path, key))

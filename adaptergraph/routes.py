@@ -288,7 +288,15 @@ class _Routes:
             scope, _, label = value.partition(":")
             call = self.imported.call(scope)
             if label:
-                return Spot(scope, "exit", next(p for own, _, p in call.parts if own == label))
+                path = next((p for own, _, p in call.parts if own == label), None)
+                if path is None:
+                    raise BadSplice(
+                        f"{value!r} is computed inside a module without modules, where it cannot be read",
+                        node=value,
+                        source=here(),
+                        hint="read what that module gives",
+                    )
+                return Spot(scope, "exit", path)
             return Spot(scope, "exit", call.path)
         scope = self.imported.scopes[value]
         ways = self.returned(value, scope)

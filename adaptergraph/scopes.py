@@ -34,7 +34,7 @@ class Scopes:
         if self.imported is None:
             return (host,) * len(self.graph.calls_of(host))
         if "/" in host:
-            return (self.imported.scopes[host],)
+            return tuple(self.imported.scopes[value] for value in self.graph.calls_of(host))
         path, (call, _, label) = path_of(host), host[len(path_of(host)) :].partition(":")
         calls = self.imported.modules[path].calls
         numbers = [int(call[1:])] if call else range(len(calls))

@@ -150,10 +150,10 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
     assert graph.imported is not None
     if not operations:
         return {}
-    if graph.imported.example is None:
+    if graph.imported.example is None and graph.imported.given is None:
         path, names = next(iter(operations.items()))
         raise _unreached(graph, path, names, "the model was traced with arguments that cannot be made again")
-    given = arguments_of(model, graph.imported.example, operations)
+    given = arguments_of(model, graph.imported, operations)
     programs = {}
     for path, names in operations.items():
         module = model.get_submodule(path)
@@ -274,7 +274,7 @@ def graph_of(model: nn.Module) -> Graph:
     if _ATTACHED in model.__dict__:
         return model.__dict__[_ATTACHED].graph
     if isinstance(model, CompiledGraph):
-        return model.source
+        return model._source
     raise GraphError(
         f"this {type(model).__name__} was not compiled from a graph",
         source=here(),

@@ -5,7 +5,6 @@ A trace is a map, not a program: it says what reads what, and is never replayed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import re
@@ -18,13 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, here
 from .graph import Graph
 from .imported import Call, Imported, Module
 from .node import Node, Param
-from .record import Made, Operations, Record, Recorder, bound
+from .record import Made, Operations, Record, Recorder, bound, tensors
 from .shapes import quiet
 
 
@@ -43,21 +48,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     >>> ag.trace(model, torch.ones(1, 8))
     <Graph: imported Sequential, 4 nodes, outputs 2>
     """
-    if not isinstance(model, nn.Module):
-        raise GraphError(f"trace takes an nn.Module, not {type(model).__name__}", source=here())
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise GraphError(
-            "this model went through torch.compile, which hides its modules",
-            source=here(),
-            hint="trace the model itself, then compile the adapted one: torch.compile(graph.compile())",
-        )
-    for path, module in model.named_modules():
-        if "_adaptergraph" in module.__dict__:
-            raise GraphError(
-                f"this {type(model).__name__} has bodies already" + (f", in {path!r}" if path else ""),
-                source=here(),
-                hint="add to its graph instead: ag.graph_of(model).splice(…).compile()",
-            )
+    _refuse(model)
     return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
 
 
@@ -67,25 +58,96 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
     Raises:
         GraphError: the forward fails with these arguments.
     """
-    errors: list[Exception] = []
+    errors: list[_Error] = []
     for attempt in (_fake, _bfloat16, _real):
         recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
             return recorder
-    raise _failed(model, args, kwargs, errors[-1]) from errors[-1]
+    raise _failed(model, args, kwargs, *errors[-1]) from errors[-1][0]
 
 
-def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> GraphError:
+def _refuse(model: Any) -> None:
+    """Models that cannot be traced, whatever the arguments."""
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"trace takes an nn.Module, not {type(model).__name__}", source=here())
+    cls = type(model).__name__
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise GraphError(
+            "this model went through torch.compile, which hides its modules",
+            source=here(),
+            hint="trace the model itself, then compile the adapted one: torch.compile(graph.compile())",
+        )
+    for path, module in model.named_modules():
+        where = f", in {path!r}" if path else ""
+        if "_adaptergraph" in module.__dict__:
+            raise GraphError(
+                f"this {cls} has bodies already{where}",
+                source=here(),
+                hint="add to its graph instead: ag.graph_of(model).splice(…).compile()",
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise GraphError(
+                f"this {cls} is TorchScript{where}, which hides what its forward does",
+                source=here(),
+                hint="trace the module it was made of, before torch.jit.script or torch.jit.trace",
+            )
+        if type(module).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise GraphError(
+                f"this {cls} is wrapped in {type(module).__name__}{where}",
+                source=here(),
+                hint="trace the model inside it (model.module), then wrap the compiled one",
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise GraphError(
+                f"parameter {name!r} of this {cls} has no shape yet",
+                source=here(),
+                hint="call the model once with these arguments, then trace it",
+            )
+        if type(parameter).__name__ == "DTensor":
+            raise GraphError(
+                f"parameter {name!r} of this {cls} is sharded",
+                source=here(),
+                hint="trace and compile the whole model first, then fully_shard the compiled one",
+            )
+
+
+_Error = tuple[Exception, str]
+_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: str) -> GraphError:
+    """What to say when the forward cannot be run."""
+    cls = type(model).__name__
+    place = [("in", f"{path} ({type(model.get_submodule(path)).__name__})")] if path else []
+    given = [(k, v) for k, v in (*enumerate(args), *kwargs.items())]
+    rows = [(f"argument {k}", _describe(v)) for k, v in given]
+    if isinstance(error, _VALUES):
+        who, hint = "the model", "load the weights first, or trace a small model of the same class with weights"
+        for name, value in given:
+            if isinstance(value, Tensor) and value.is_meta:
+                who, hint = f"argument {name}", "trace it with arguments on a real device"
+        return GraphError(
+            f"the forward of {cls} looks at the values of tensors, and {who} has none",
+            sides=[*rows, *place],
+            source=here(),
+            hint=hint,
+        )
     text = str(error).strip().splitlines()
-    given = [(k, _describe(v)) for k, v in (*enumerate(args), *kwargs.items())]
+    homes = dict.fromkeys(str(p.device) for p in model.parameters() if not p.is_meta)
+    away = [k for k, v in given if isinstance(v, Tensor) and not v.is_meta and homes and str(v.device) not in homes]
+    hint = "call the model with the same arguments first; ag.trace needs what model(…) needs"
+    if away:
+        hint = (
+            f"the parameters are on {', '.join(homes)}: move argument {away[0]} there with .to({next(iter(homes))!r})"
+        )
+    elif not any(True for _ in tensors((args, kwargs))):
+        hint = "there is no tensor among them: give what model(…) takes, for example what a tokenizer returns"
     return GraphError(
-        f"the forward of {type(model).__name__} fails with these arguments",
-        sides=[
-            *((f"argument {k}", text) for k, text in given),
-            ("it raises", f"{type(error).__name__}: {text[0] if text else ''}"),
-        ],
+        f"the forward of {cls} fails with these arguments",
+        sides=[*rows, *place, ("it raises", f"{type(error).__name__}: {text[0] if text else ''}")],
         source=here(),
-        hint="call the model with the same arguments first; ag.trace needs what model(…) needs",
+        hint=hint,
     )
 
 
@@ -96,24 +158,23 @@ def _describe(value: Any) -> str:
 # ---------------------------------------------------------------------- running the model once
 
 
-def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
+def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
     return _attempt(model, args, kwargs, errors, make(model, None), FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
+def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
     """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
-    if "bf16" not in str(errors[-1]).lower() and "bfloat16" not in str(errors[-1]).lower():
+    if "bf16" not in str(errors[-1][0]).lower() and "bfloat16" not in str(errors[-1][0]).lower():
         return None
     recorder = make(model, torch.bfloat16)
     return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], make: Any) -> Recorder | None:
+def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
     """A forward that looks at values (`.item()`) is run on the real tensors, if there are any."""
-    if any(p.is_meta for p in model.parameters()):
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in (*_held(model), *(t for _, t in tensors((args, kwargs))))):
         return None
-    held = [t for m in model.modules() for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)]
-    kept = [(t, t.clone()) for t in held]
+    kept = [(t, t.clone()) for t in _held(model) if not isinstance(t, nn.Parameter)]
     recorder = _attempt(model, args, kwargs, errors, make(model, None), None)
     with torch.no_grad():
         for tensor, values in kept:
@@ -125,7 +186,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], mak
 
 
 def _attempt(
-    model: nn.Module, args: Any, kwargs: Any, errors: list[Exception], recorder: Recorder, mode: FakeTensorMode | None
+    model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], recorder: Recorder, mode: FakeTensorMode | None
 ) -> Recorder | None:
     """One run; if it fails, what it raised is added to the errors."""
     failed = False
@@ -133,7 +194,8 @@ def _attempt(
         _run(recorder, model, args, kwargs, mode)
     except Exception as error:
         failed = True
-        errors.append(error)
+        errors.append((error, recorder.failed[1] if recorder.failed else ""))
+        recorder.failed = None
         part: BaseException | None = error
         while part is not None:
             # the frames of a traceback hold tensors of the run
@@ -156,17 +218,26 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
             faked.swap(model)
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
-            recorder.alive += faked.twins.values()
+            for twin in faked.twins.values():
+                recorder.hold(twin)
             stack.enter_context(mode)
         else:
             clone = functools.cache(torch.clone)
             args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
+            for tensor in _held(model):
+                recorder.hold(tensor)
         model.eval()
         recorder.arguments(args, kwargs)
-        stack.enter_context(recorder.hooks())
+        recorder.watch()
         stack.enter_context(Operations(recorder))
         recorder.done(model(*args, **kwargs))
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    """Every tensor that is a parameter, a buffer or an attribute of a module."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers, vars(m))]
+    return list({id(t): t for table in tables for t in table.values() if isinstance(t, Tensor)}.values())
 
 
 def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
@@ -198,14 +269,17 @@ class _Faker:
 
     def made(self, tensor: Tensor) -> Any:
         """A tensor of the same shape without values."""
-        dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        device = "cpu" if tensor.is_meta else tensor.device
-        with self.mode:
-            if tensor.layout != torch.strided:
-                twin: Any = self.mode.from_tensor(tensor)
-            else:
-                twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-            return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        if tensor.layout != torch.strided:
+            twin: Any = self.mode.from_tensor(tensor)
+        else:
+            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+            twin = FakeTensor(self.mode, empty, device)
+        if isinstance(tensor, nn.Parameter):
+            # as nn.Parameter marks a tensor of another class, without a detached copy of it
+            twin._is_param = True
+        return twin
 
     def swap(self, model: nn.Module) -> None:
         """Puts twins in the place of a model's parameters, buffers and other tensors."""
@@ -221,13 +295,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
     plain = (dict, OrderedDict, defaultdict, list, set)
     attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
-    held: list[Any] = [(v, copy.copy(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
+    held: list[Any] = [(v, _contents(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
     try:
         yield
     finally:
         for value, contents in [*held, *attributes]:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+def _contents(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
 
 
 def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
@@ -238,11 +316,13 @@ def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
     left = _alive(seen)
     if not left:
         return
+    ids = {id(t) for t in left}
     for cached in [o for o in gc.get_objects() if type(o) is _lru_cache_wrapper]:
-        if cached.cache_info().currsize and any(_holds(cached, t) for t in left):
+        if cached.cache_info().currsize and _holds(cached, ids):
             cached.cache_clear()
     left.clear()
-    gc.collect()
+    if _alive(seen):
+        gc.collect()
     left = _alive(seen)
     if left:
         owners = {type(o).__name__ for t in left for o in gc.get_referrers(t) if o is not left}
@@ -257,11 +337,12 @@ def _alive(refs: list[weakref.ref[Tensor]]) -> list[FakeTensor]:
     return [t for t in (ref() for ref in refs) if isinstance(t, FakeTensor)]
 
 
-def _holds(owner: Any, tensor: Tensor, depth: int = 4) -> bool:
-    level = [owner]
+def _holds(cached: Any, ids: set[int], depth: int = 4) -> bool:
+    """Whether one of these tensors lies in a cache, or a few structures deep in what it keeps."""
+    level = [cached]
     for _ in range(depth):
         level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, type | nn.Module)]
-        if any(r is tensor for r in level):
+        if any(id(r) in ids for r in level):
             return True
         if len(level) > 20_000:
             return False
@@ -278,10 +359,13 @@ class _Finish:
         self.model = model
         self.recorder = recorder
         self.example = _example(model, args, kwargs)
+        copied = functools.cache(lambda tensor: tensor.detach().clone())
+        self.given = _mapped(args, copied), _mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.parts: dict[tuple[Record, Any], str] = {}
 
     def graph(self) -> Graph:
         own: dict[str, dict[str, Param]] = {}
@@ -320,6 +404,7 @@ class _Finish:
             readers=self.readers,
             scopes=self.scopes,
             example=self.example,
+            given=self.given,
             host=self.model,
         )
         return Graph._of(nodes=self.nodes, outputs=outputs, imported=imported).check()
@@ -349,19 +434,21 @@ class _Finish:
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
         final = record.final()
-        if final is not record or key not in final.outs or key == final.main:
+        if final is record and key == final.main:
             return final.name
-        label = self.label(final, key)
-        if label not in self.nodes:
-            shape, dtype = final.outs[key]
+        if (record, key) not in self.parts:
+            inner = [] if final is record else [record.op]
+            path = [] if key == () else key if isinstance(key, tuple) else [key]
+            label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
+            label = re.sub(r"[^\w.@/:]", "_", label)
+            while label in self.nodes:
+                # two operations of one name, inside one node
+                label += "_"
+            shape, dtype = record.outs[key]
+            self.parts[record, key] = label
             self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
             self.scopes[label] = final.scope
-        return label
-
-    def label(self, record: Record, key: Any) -> str:
-        """What a further output of a node is called."""
-        label = ":".join([record.name, *(str(k).lstrip(".") for k in (key if isinstance(key, tuple) else (key,)))])
-        return re.sub(r"[^\w.@/:]", "_", label)
+        return self.parts[record, key]
 
     def module(self, path: str, module: nn.Module) -> Module:
         return Module(type(module).__name__, tuple(map(self.call, self.recorder.calls.get(path, ()))))
@@ -376,9 +463,8 @@ class _Finish:
         return Call(output, made.first or (), inputs, made.caller, parts)
 
     def is_read(self, record: Record, key: Any) -> bool:
-        """Whether a value is a node already: a module's main output, or one that something reads."""
-        final = record.final()
-        return final is not record or key not in final.outs or key == final.main or self.label(final, key) in self.nodes
+        """Whether a value is a node already: the main output of one, or an output that something reads."""
+        return (record.final() is record and key == record.main) or (record, key) in self.parts
 
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}

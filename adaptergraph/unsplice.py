@@ -61,7 +61,7 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
 
 def _refuse_readers(graph: Graph, nodes: Mapping[str, Node], outputs: Any, source: Source | None) -> None:
     """What is left may read the value a body makes, which is replaced by its host's, but nothing inside it."""
-    reads = [(f"{n!r} reads", i) for n, node in nodes.items() for i in node.inputs]
+    reads = [(f"{n!r} reads", i) for n, node in nodes.items() for i in node.inputs if i not in nodes]
     for who, value in [*reads, *(("the graph returns", name) for name in leaves(outputs))]:
         if value not in nodes:
             raise BadSplice(

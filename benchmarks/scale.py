@@ -1,20 +1,23 @@
 """How the library grows with the size of a graph, and what a compiled declared graph costs at each call.
 
-    python benchmarks/scale.py [--sizes 1000 10000 50000] [--rounds 40]
+    python benchmarks/scale.py [--sizes 1000 10000 50000] [--rounds 60]
 
-The first table: CPU seconds of each verb on declared graphs (a chain of `dense`, `relu`, `add`), and the slope of
-a straight line through log(seconds) over log(nodes): 1 is linear. The second: a compiled graph's forward beside the
-same network written as a plain nn.Module with the same weights, interleaved in one process, CPU time. Last: whether
-torch.compile takes each compiled graph whole.
+The first table: CPU seconds of each verb on declared graphs (a chain of `dense`, `relu`, `add`), the least of 3
+to 20 runs, and the slope of a straight line through log(seconds) over log(nodes): 1 is linear. The last row is a bare
+loop: its slope is that of memory which no longer fits the cache. Python's garbage collector looks at everything there
+is, torch included, whenever a quarter as much is new; that begins between the sizes, so the slope is also given of the
+time without it. The second: a compiled graph's forward beside the same network written as a
+plain nn.Module with the same weights, interleaved in one process, CPU time. Last: whether torch.compile takes each
+compiled graph whole.
 """
 
 import argparse
 import datetime
 import gc
-import importlib.util
 import math
 import os
 import platform
+import statistics
 import time
 
 import torch
@@ -36,16 +39,46 @@ def tenth(graph):
     return [name for i, name in enumerate(graph) if i % 10 == 9]
 
 
-def verbs(count, repeat=2):
-    """Seconds of CPU time of each verb on one graph, the least of a few runs."""
-    seconds = {}
+class Collector:
+    """CPU seconds that Python's garbage collector takes."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.start = 0.0
+
+    def __call__(self, phase, info):
+        now = time.process_time()
+        if phase == "start":
+            self.start = now
+        else:
+            self.seconds += now - self.start
+
+
+def looked_at(graph):
+    """One loop over the nodes that looks up what each reads: what any verb has to do."""
+    seen = set()
+    for name, node in graph._nodes.items():
+        assert all(value in seen for value in node.inputs)
+        seen.add(name)
+
+
+def verbs(count):
+    """For each verb on one graph CPU seconds, and how much of it the collector took; the quickest of 3 to 20 runs."""
+    found = {}
+    collector = Collector()
 
     def timed(what, fn):
-        for _ in range(repeat):
+        spent = runs = 0
+        while runs < 3 or (spent < 1 and runs < 20):
             gc.collect()
+            collector.seconds = 0.0
+            gc.callbacks.append(collector)
             start = time.process_time()
             result = fn()
-            seconds[what] = min(seconds.get(what, math.inf), time.process_time() - start)
+            seconds = time.process_time() - start
+            gc.callbacks.remove(collector)
+            found[what] = min(found.get(what, (math.inf, 0.0)), (seconds, collector.seconds))
+            spent, runs = spent + seconds, runs + 1
         return result
 
     graph = timed("construct", lambda: declared(count))
@@ -58,9 +91,9 @@ def verbs(count, repeat=2):
     text = timed("to_json", graph.to_json)
     timed("from_json", lambda: ag.Graph.from_json(text))
     timed("compile", graph.compile)
-    if importlib.util.find_spec("adaptergraph.view"):
-        timed("summary", lambda: str(graph.summary()))
-    return seconds
+    timed("summary", lambda: str(graph.summary()))
+    timed("(a loop over the nodes)", lambda: looked_at(graph))
+    return found
 
 
 def slope(sizes, seconds):
@@ -73,12 +106,13 @@ def slope(sizes, seconds):
 def growth(sizes):
     verbs(200)
     found = [verbs(size) for size in sizes]
-    print("| seconds | " + " | ".join(f"{size:,} nodes" for size in sizes) + " | exponent |")
-    print("| --- |" + " --: |" * (len(sizes) + 1))
+    print("| seconds | " + " | ".join(f"{size:,} nodes" for size in sizes) + " | exponent | without collector |")
+    print("| --- |" + " --: |" * (len(sizes) + 2))
     for what in found[0]:
-        row = [seconds[what] for seconds in found]
-        cells = " | ".join(f"{s:.3f}" for s in row)
-        print(f"| {what} | {cells} | {slope(sizes, row):.2f} |")
+        whole = [row[what][0] for row in found]
+        own = [seconds - collected for seconds, collected in (row[what] for row in found)]
+        cells = " | ".join(f"{s:.3f}" for s in whole)
+        print(f"| {what} | {cells} | {slope(sizes, whole):.2f} | {slope(sizes, own):.2f} |")
 
 
 # ---------------------------------------------------------------------- running
@@ -139,40 +173,47 @@ def node_of(name):
     return f"layer.{number}.{owner}{rest}"
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
-def interleaved(runs, rounds):
-    """CPU seconds of each run, taken in turn, the order turned round each time."""
+def interleaved(runs, rounds, calls):
+    """CPU seconds of a call of each run: so many calls in a row, in turn, the order turned round each time."""
     seconds = {name: [] for name in runs}
     for i in range(rounds + 3):
         for name in list(runs) if i % 2 else list(runs)[::-1]:
             start = time.process_time()
-            runs[name]()
+            for _ in range(calls):
+                runs[name]()
             if i >= 3:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append((time.process_time() - start) / calls)
     return seconds
 
 
 def forwards(rounds):
-    print("\n| forward, eager, CPU time | plain nn.Module | compiled graph | ratio (middle half) |")
-    print("| --- | --: | --: | --: |")
-    for make in (mlp, transformer):
+    heads = [
+        "forward, eager, CPU time",
+        "plain nn.Module",
+        "compiled graph",
+        "ratio of minima",
+        "median of ratios (middle half)",
+    ]
+    print("\n| " + " | ".join(heads) + " |")
+    print("| --- | --: | --: | --: | --: |")
+    for make, calls in ((mlp, 20), (transformer, 4)):
         graph, plain, x = make()
         ours = graph.compile().eval()
         state = ours.state_dict()
         plain.eval().load_state_dict({name: state[node_of(name)] for name in plain.state_dict()})
         with torch.no_grad():
             assert torch.equal(ours(x), plain(x))
-            times = interleaved({"plain": lambda m=plain, x=x: m(x), "ours": lambda m=ours, x=x: m(x)}, rounds)
+            runs = {"plain": lambda m=plain, x=x: m(x), "ours": lambda m=ours, x=x: m(x)}
+            times = interleaved(runs, rounds, calls)
         ratios = sorted(a / b for a, b in zip(times["ours"], times["plain"], strict=True))
         low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
-        milliseconds = [f"{median(times[n]) * 1e3:.2f} ms" for n in ("plain", "ours")]
-        print(
-            f"| {make.__name__}, {' × '.join(map(str, x.shape))} | {milliseconds[0]} | {milliseconds[1]} "
-            f"| {median(ratios):.3f} ({low:.3f} … {high:.3f}) |"
+        least = {name: min(seconds) for name, seconds in times.items()}
+        name, milliseconds = (
+            f"{make.__name__}, {' × '.join(map(str, x.shape))}",
+            [f"{v * 1e3:.3f} ms" for v in least.values()],
         )
+        spread = f"{statistics.median(ratios):.3f} ({low:.3f} … {high:.3f})"
+        print(f"| {name} | {' | '.join(milliseconds)} | {least['ours'] / least['plain']:.3f} | {spread} |")
 
 
 def whole():
@@ -190,7 +231,7 @@ def whole():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10000, 50000])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(

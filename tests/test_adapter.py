@@ -1,13 +1,16 @@
 """`Adapter` and `Bottleneck` against a bottleneck written by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import adaptergraph as ag
 from adaptergraph import Adapter
+from adaptergraph.layers.table import ACTIVATIONS
 from adaptergraph.methods import METHODS
 
 
@@ -103,7 +106,9 @@ def test_a_fresh_adapter_is_the_identity_bit_for_bit():
         assert torch.equal(model(given), given), options
         assert not torch.equal(randomised(model)(given), given)
     assert torch.equal(Adapter.build(8, 4, residual=False).compile()(given), torch.zeros(16, 8))
-    assert not torch.equal(Adapter.build(8, 4, init="normal", activation="gelu").compile()(given), given)
+    assert torch.equal(Adapter.build(8, 4, init="lora").compile()(given), given)
+    for init in ("normal", "houlsby", "bert"):
+        assert not torch.equal(Adapter.build(8, 4, init=init, activation="gelu").compile()(given), given)
 
 
 VARIANTS = [
@@ -128,6 +133,45 @@ def test_outputs_and_gradients_are_those_by_hand(options):
         torch.testing.assert_close(param.grad, state[name.removeprefix("adapter.")].grad, rtol=1e-4, atol=1e-3)
 
 
+TORCHS = {
+    "celu": F.celu,
+    "elu": F.elu,
+    "exp": torch.exp,
+    "gelu": F.gelu,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_silu": F.hardswish,
+    "hard_tanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda v: v,
+    "log_sigmoid": F.logsigmoid,
+    "log_softmax": lambda v: F.log_softmax(v, -1),
+    "mish": F.mish,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softmax": lambda v: F.softmax(v, -1),
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_an_adapter_takes_every_activation(name):
+    model = randomised(Adapter.build(8, 4, activation=name).compile())
+    given, s = randn(16, 8), local(model, "adapter.")
+    h = TORCHS[name](given @ s["down.weight"].T + s["down.bias"])
+    torch.testing.assert_close(model(given), given + h @ s["up.weight"].T + s["up.bias"], rtol=1e-5, atol=1e-5)
+    assert ag.Bottleneck(4, activation=name).activation == name
+
+
+def test_every_activation_was_tried():
+    # log_sumexp gives one feature for all
+    assert set(ACTIVATIONS) - set(TORCHS) == {"log_sumexp"}
+
+
 def test_initial_values():
     zeros = Adapter.build(100, 50).compile().adapter
     assert torch.equal(zeros.up.weight, torch.zeros(100, 50))
@@ -142,12 +186,71 @@ def test_initial_values():
     assert torch.equal(learned.scale, torch.ones(1))
 
 
+def drawn(fill, *shape):
+    tensor = torch.empty(*shape)
+    fill(tensor)
+    return tensor
+
+
+def zeros(w):
+    nn.init.zeros_(w)
+
+
+def bert(w):
+    nn.init.normal_(w, 0.0, 0.02)
+
+
+def houlsby(w):
+    nn.init.trunc_normal_(w, 0.0, 1e-2, -2e-2, 2e-2)
+
+
+def kaiming(w):
+    nn.init.kaiming_uniform_(w, a=math.sqrt(5))
+
+
+# what AdapterHub does with `init_weights` of these names; its word for "lora" is "mam_adapter"
+PUBLISHED = {"bert": (bert, bert), "houlsby": (houlsby, houlsby), "lora": (kaiming, zeros)}
+
+
+def distance(a, b):
+    """The largest difference of two empirical distribution functions (Kolmogorov and Smirnov)."""
+    a, b = a.flatten().sort().values, b.flatten().sort().values
+    at = torch.cat([a, b])
+    below = [torch.searchsorted(v, at, right=True) / len(v) for v in (a, b)]
+    return (below[0] - below[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("make", ["wrap", "splice", "parallel"])
+@pytest.mark.parametrize("init", PUBLISHED)
+def test_the_published_inits(init, make):
+    hidden, size = 400, 300
+    layer = ag.dense(x("batch", hidden), hidden, name="fc")
+    if make == "wrap":
+        graph = ag.Graph(Adapter.wrap(layer, bottleneck_size=size, init=init, name="fc.adapter"))
+    else:
+        graph = ag.Graph(layer).splice("fc", ag.Bottleneck(size, init=init, parallel=make == "parallel"))
+    torch.manual_seed(0)
+    adapter = graph.compile().fc.adapter
+    for part, fill in zip((adapter.down, adapter.up), PUBLISHED[init], strict=True):
+        wanted = drawn(fill, *part.weight.shape)
+        assert distance(part.weight.detach(), wanted) < 0.008, part
+        assert part.weight.abs().max().item() == pytest.approx(wanted.abs().max().item(), rel=0.2)
+        assert not part.bias.any()
+    # what tells them apart
+    assert distance(drawn(bert, size, hidden), drawn(houlsby, size, hidden)) > 0.1
+    if init == "houlsby":
+        assert 0.0199 < adapter.down.weight.abs().max().item() <= 0.02
+    # seed and name decide
+    assert torch.equal(graph.compile().fc.adapter.down.weight, adapter.down.weight)
+    assert not torch.equal(graph.compile(seed=1).fc.adapter.down.weight, adapter.down.weight)
+
+
 def test_dropout_is_between_the_activation_and_up():
     model = randomised(Adapter.build(8, 4, dropout=0.5).compile())
     given = randn(4, 8)
     assert torch.equal(model.eval()(given), model(given))
     assert not torch.equal(model.train()(given), model(given))
-    graph = model.source
+    graph = ag.graph_of(model)
     assert graph["adapter.dropout"].inputs == ("adapter.act",)
     assert graph["adapter.up"].inputs == ("adapter.dropout",)
 
@@ -159,7 +262,7 @@ OPTIONS = {
     "activation": ["tanh"],
     "dropout": [0.1],
     "scale": [2.0, "learned"],
-    "init": ["normal"],
+    "init": ["normal", "houlsby", "bert", "lora"],
     "layer_norm": ["before", "after"],
 }
 

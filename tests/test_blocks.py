@@ -79,18 +79,20 @@ def layer(norm, masked=False, **options):
 
 
 def compare(graph, norm, adapters, masked=False, **options):
-    model = randomised(graph.compile())
-    plain = Plain(model.state_dict(), norm, adapters, **options)
-    x = torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    given = (x, mask) if masked else (x,)
-    one, two = model(*given), plain(*given)
-    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-    one.square().mean().backward()
-    two.square().mean().backward()
-    grads = {n.replace("/", "."): p.grad for n, p in plain.w.items()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-5, atol=1e-6)
+    """In float32 and, so that nothing hides in rounding, in float64."""
+    for dtype, close in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
+        model = randomised(graph.compile()).to(dtype)
+        plain = Plain(model.state_dict(), norm, adapters, **options)
+        x = torch.randn(2, 5, SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+        given = (x, mask) if masked else (x,)
+        one, two = model(*given), plain(*given)
+        torch.testing.assert_close(one, two, rtol=close, atol=close)
+        one.square().mean().backward()
+        two.square().mean().backward()
+        grads = {n.replace("/", "."): p.grad for n, p in plain.w.items()}
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, grads[name], rtol=10 * close, atol=close)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])

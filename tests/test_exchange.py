@@ -30,6 +30,30 @@ def imported():
     return ag.trace(model, torch.ones(1, 4)).unfreeze("0.bias").splice("0", ag.Bottleneck(2))
 
 
+def half_imported():
+    """A half-precision model: bodies compute in float32, also where one node of a body has several outputs."""
+    model = nn.Sequential(nn.Linear(4, 4)).to(torch.bfloat16)
+
+    def recurrent(site):
+        sequence, _ = ag.lstm(ag.reshape(site.output, (1, 1, 4), name="one"), 4, name="lstm")
+        return site.output + ag.reshape(sequence, (1, 4), name="flat")
+
+    graph = ag.trace(model, torch.ones(1, 4, dtype=torch.bfloat16)).splice("0", ag.Bottleneck(2))
+    assert graph["0.adapter.down"].dtype == torch.float32
+    return graph.splice("0", recurrent, name="steps")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_declared_graph_in_half_precision_comes_back(dtype):
+    x = ag.input("x", shape=("batch", 8), dtype=dtype)
+    graph = ag.Graph(ag.dense(x, 8, name="fc")).splice("fc", ag.Bottleneck(2, scale="learned"))
+    again = ag.Graph.from_json(graph.to_json())
+    assert again == graph
+    assert {p.dtype for p in again.params.values()} == {dtype}
+    given = torch.randn(3, 8, dtype=dtype)
+    assert again.compile()(given).dtype == dtype
+
+
 @pytest.mark.parametrize("make", [declared, imported])
 def test_a_graph_comes_back_equal(make):
     graph = make()

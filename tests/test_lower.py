@@ -47,13 +47,30 @@ def everything():
 # ---------------------------------------------------------------------- code and keys
 
 
+def test_a_node_may_be_called_what_the_library_calls_things():
+    inputs, source = x(name="inputs"), x(name="source")
+    graph = ag.Graph(ag.dense(inputs, 8, name="layer.inputs") + ag.dense(source, 8, name="layer.source"))
+    model = randomised(graph.splice("layer.source", ag.Bottleneck(2)).compile())
+    a, b = randn(seed=1), randn(seed=2)
+    one, two = model.layer.inputs, model.layer.source
+    h = two(b)
+    wanted = one(a) + h + two.adapter.up(torch.relu(two.adapter.down(h)))
+    assert torch.allclose(model(inputs=a, source=b), wanted)
+    assert torch.allclose(pickle.loads(pickle.dumps(model))(a, b), wanted)
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(a, b), wanted)
+    with pytest.raises(ag.ShapeMismatch, match="input 'source' has another shape than declared"):
+        model(a, b[:2])
+    top = ag.Graph(ag.dense(ag.input("x", shape=("batch", 8)), 8, name="source")).compile()
+    assert list(top.state_dict()) == ["source.weight", "source.bias"]
+
+
 def test_the_code_can_be_read():
     model = ag.Graph(Adapter.wrap(ag.dense(x(), 8, name="enc.0.fc"), bottleneck_size=2)).compile()
     lines = [line.split(";")[0].strip() for line in model.code.strip().splitlines()]
     assert lines == [
         "def forward(self, x = None):",
-        "inputs = self.inputs",
-        "check_inputs = adaptergraph_lower_check_inputs(inputs, x)",
+        "_inputs = self._inputs",
+        "check_inputs = adaptergraph_lower_check_inputs(_inputs, x)",
         'enc_0_fc = getattr(self.enc, "0").fc(x)',
         "adapter_down = self.adapter.down(enc_0_fc)",
         "adapter_act = torch.nn.functional.relu(adapter_down)",
@@ -374,6 +391,62 @@ def test_copies_and_pickles_give_equal_outputs():
         assert not torch.equal(outputs(one), wanted)
         assert torch.equal(outputs(model), wanted)
     assert model.code == copy.deepcopy(model).code
+
+
+def declared_by_code():
+    graph = ag.Graph(ag.dense(x(), 8, name="fc")).freeze()
+    return graph.splice("fc", lambda site: site.output + ag.dense(site.output, 8, name="more"), name="own")
+
+
+def imported_by_code():
+    torch.manual_seed(0)
+    graph = ag.trace(nn.Sequential(nn.Linear(8, 8)), randn())
+    own = ag.Stack(ag.Bottleneck(2), lambda site: site.output + ag.dense(site.output, 8, name="more"))
+    return graph.splice("0", own, name="own").splice("0", ag.Bottleneck(3))
+
+
+@pytest.mark.parametrize("make", [declared_by_code, imported_by_code])
+def test_code_of_the_user_is_a_name_in_a_pickle(make):
+    graph = make()
+    again = pickle.loads(pickle.dumps(graph))
+    assert again == graph
+    assert list(again) == list(graph)
+    assert again.bodies == graph.bodies
+    assert not isinstance(again.bodies, dict)
+    assert again.unsplice() == graph.unsplice()
+    assert "<lambda>" in str(again.splices[0].method)
+    assert again.splices[1:] == graph.splices[1:]
+    if make is declared_by_code:
+        with pytest.raises(
+            ag.GraphError, match=r"the method '.*<lambda>' is code of yours, which has no name in a file"
+        ):
+            again.to_json()
+    model = randomised(graph.compile())
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert ag.graph_of(loaded) == again
+    # a copy in this process keeps the method itself
+    assert ag.graph_of(copy.deepcopy(model)).splices == graph.splices
+
+
+def test_bodies_one_after_the_other_on_a_half_precision_host():
+    base = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
+    given = randn(4, 8).to(torch.bfloat16)
+    graph = (
+        ag.trace(base, given).splice("0", ag.Bottleneck(2)).splice("0", ag.Bottleneck(3, activation="gelu"), name="b")
+    )
+    assert ag.Graph.from_json(graph.to_json()) == graph
+    model = randomised(graph.compile())
+    assert {p.dtype for n, p in model.named_parameters() if "." in n.removeprefix("0.")} == {torch.float32}
+    first, second = model[0].adapter, model[0].b
+    h = nn.functional.linear(given, model[0].weight, model[0].bias).float()
+    h = (h + first.up(torch.relu(first.down(h)))).to(torch.bfloat16).float()
+    h = (h + second.up(nn.functional.gelu(second.down(h)))).to(torch.bfloat16)
+    out = model(given)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, h)
+    out.float().square().sum().backward()
+    assert all(p.grad is not None for p in (*first.parameters(), *second.parameters()))
 
 
 def test_equal_graphs_share_one_class():

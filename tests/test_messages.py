@@ -209,10 +209,10 @@ NAMES = [
         "'__class___' would do",
     ),
     (
-        lambda: ag.relu(x(), name="source"),
+        lambda: ag.relu(x(), name="_source"),
         G,
-        "a node cannot be called 'source': 'source' is an attribute of every module",
-        "'source_' would do",
+        "a node cannot be called '_source': '_source' is an attribute of every module",
+        "'_source_' would do",
     ),
     (
         lambda: x(name="a.b"),
@@ -432,6 +432,8 @@ ADAPTERS = [
     (lambda: Adapter.wrap(x(), scale=True), G, "scale is a number or 'learned', not True", None),
     (lambda: Adapter.wrap(x(), init="zero"), G, "unknown init 'zero'", "did you mean 'zeros'?"),
     (lambda: Adapter.wrap(x(), init=0.1), G, "unknown init 0.1", None),
+    (lambda: Adapter.wrap(x(), init=["bert"]), G, "unknown init ['bert']", None),
+    (lambda: Adapter.wrap(x(), init="brt"), G, "unknown init 'brt'", "did you mean 'bert'?"),
     (lambda: Adapter.wrap(x(), residual=1), G, "residual is True or False, not 1", None),
     (lambda: Adapter.wrap(x(), layer_norm="both"), G, "layer_norm is None, 'before' or 'after', not 'both'", None),
     (lambda: Adapter.wrap(x(), dropout=1.0), G, "a dropout rate is at least 0 and less than 1, not 1.0", None),
@@ -777,6 +779,12 @@ SPLICES = [
         B,
         "'idle' (Linear) is never called: a body there would never run",
         ANY,
+    ),
+    (
+        lambda: traced()["idle"],
+        U,
+        "'idle' is never called: it has no output",
+        None,
     ),
     (
         lambda: traced().splice("arg", ag.Bottleneck(2)),

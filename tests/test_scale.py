@@ -10,6 +10,7 @@ import adaptergraph as ag
 import adaptergraph.draft
 import adaptergraph.lower
 import adaptergraph.node
+import adaptergraph.rewrite
 
 
 def chain(count):
@@ -58,6 +59,8 @@ VISITS = [
     (adaptergraph.draft.Draft, "repoint", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
     (adaptergraph.draft.Draft, "add", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
     (adaptergraph.draft, "replace", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.rewrite._Draft, "keep", lambda g: g.map_nodes(lambda n: n)),
+    (adaptergraph.rewrite._Draft, "put", lambda g: g.rewrite_nodes(lambda n: lambda i, o: ag.tanh(o))),
     (adaptergraph.node.Node, "same", lambda g: g.splice("fc.*", ag.Bottleneck(2)).unsplice() == g),
 ]
 

@@ -16,6 +16,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Any]] = {
     "ones": init.ones_,
     "uniform": lambda t: init.uniform_(t, -0.01, 0.01),
     "normal": lambda t: init.normal_(t, 0.0, 0.01),
+    "truncated_normal": lambda t: init.trunc_normal_(t, 0.0, 0.01, -0.02, 0.02),
     "identity": init.eye_,
     "near_identity": lambda t: init.eye_(t).masked_fill_(t == 0, 1e-6),
     "lecun_uniform": lambda t: init.kaiming_uniform_(t, nonlinearity="linear"),
@@ -29,7 +30,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 # these look at both sizes of a matrix
-_MATRIX = frozenset(INITIALIZERS) - {"zeros", "ones", "uniform", "normal"}
+_MATRIX = frozenset(INITIALIZERS) - {"zeros", "ones", "uniform", "normal", "truncated_normal"}
 
 
 def check_initializer(value: Any, shape: tuple[int, ...], what: str) -> Any:

@@ -23,8 +23,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 class Bottleneck:
     """`x + scale · up(act(down(x)))` after a node, as in Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
 
-    A fresh one is the identity, bit for bit: `up` starts at zero. With `parallel=True` it stands around a node or
-    container and reads its input: `output + scale · up(act(down(input)))`, He et al. 2022, https://arxiv.org/abs/2110.04366
+    A fresh one is the identity, bit for bit: `up` starts at zero, unless `init` says otherwise. With `parallel=True` it
+    stands around a node or container and reads its input: `output + scale · up(act(down(input)))`, He et al. 2022,
+    https://arxiv.org/abs/2110.04366
 
     Args:
         size: features of the bottleneck; 64 if neither this nor `reduction` is given.
@@ -32,7 +33,7 @@ class Bottleneck:
         activation: name of an activation.
         dropout: after the activation, while training.
         scale: a number, or `"learned"`: one parameter that starts at one.
-        init: `"zeros"` (up starts at zero) or `"normal"` (down N(0, 0.02), up N(0, 1e-3), biases zero).
+        init: how the weights start, see `Adapter.wrap`: `"zeros"`, `"normal"`, `"houlsby"`, `"bert"` or `"lora"`.
         layer_norm: a norm `"before"` down or `"after"` up.
         hidden_size: features of the host; it is known, and a wrong one is an error.
         parallel: read the host's input instead of its output.

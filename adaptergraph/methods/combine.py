@@ -249,7 +249,7 @@ class Fusion(_Combination):
         scale = 1 / math.sqrt(size) if self.scaled else 1.0
         learned = None
         if self.temperature == "learned":
-            learned = layers.param("temperature", (1,), init="ones")
+            learned = layers.param("temperature", (1,), init="ones", dtype=x.dtype)
         else:
             scale /= self.temperature
         scores = choice.scores(query, key, temperature=learned, scale=scale, name="scores")

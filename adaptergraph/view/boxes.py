@@ -14,7 +14,7 @@ from typing import Literal
 
 from ..graph import Graph
 from ..node import Node
-from .data import Shape, Sums
+from .data import NOTHING, Shape, Sums
 from .outline import Item, Outline
 
 Kind = Literal["plain", "residual", "side", "again"]
@@ -35,7 +35,7 @@ class Draft:
     each: bool = False
     nodes: list[str] = field(default_factory=list)
     joins: list[str] = field(default_factory=list)
-    sums: Sums = field(default_factory=Sums)
+    sums: Sums = NOTHING
     norm: str = ""
     note: str = ""
 

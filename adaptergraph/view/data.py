@@ -39,6 +39,9 @@ class Sums:
         return Sums(self.frozen * count, self.new * count, self.unfrozen * count)
 
 
+NOTHING = Sums()
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """One box of a picture, one line of a table.
@@ -66,7 +69,7 @@ class Box:
     op: str
     detail: str = ""
     shape: Shape | None = None
-    sums: Sums = Sums()
+    sums: Sums = NOTHING
     added: bool = False
     marked: bool = False
     count: int = 1

@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..names import path_of
 from ..node import Node
 from ..select import no_match
-from .data import Sums
+from .data import NOTHING, Sums
 
 _DIGITS = re.compile(r"(.*\D|)(\d+)(\D*)")
 
@@ -45,7 +45,7 @@ class Item:
     nodes: list[str] = field(default_factory=list)
     leaf: bool = False
     first: float = math.inf
-    sums: Sums = field(default_factory=Sums)
+    sums: Sums = NOTHING
     weighty: bool = False
     state: Literal["closed", "open", "each"] = "open"
     closed_by: Item | None = None

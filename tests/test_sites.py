@@ -1,0 +1,247 @@
+"""Bodies before a host, over a span, at one call, at one output, at an operation: the graph and what becomes of it.
+
+What the model computes then is compared with a forward written by hand in test_matrix.py.
+"""
+
+import pytest
+import torch
+from byhand import randomise
+from models import CASES
+from torch import nn
+
+import adaptergraph as ag
+
+METHOD = ag.Bottleneck(4)
+PARALLEL = ag.Bottleneck(4, parallel=True)
+KINDS = {
+    "before": ("llama", "model.layers.*.self_attn.q_proj", METHOD, "before", "model.layers.0.self_attn.q_proj.adapter"),
+    "span": (
+        "bert",
+        ag.span("bert.encoder.layer.*.intermediate", "bert.encoder.layer.*.output.dense"),
+        PARALLEL,
+        None,
+        "bert.encoder.layer.0.output.dense.adapter",
+    ),
+    "several": (
+        "bert",
+        [ag.span("bert.encoder.layer.0.intermediate", "bert.encoder.layer.0.output.dense"), "bert.pooler.dense"],
+        PARALLEL,
+        None,
+        "bert.encoder.layer.0.output.dense.adapter",
+    ),
+    "call": ("roberta", "classifier.dropout@1", METHOD, None, "classifier.dropout.adapter_call1"),
+    "first call": ("roberta", "classifier.dropout@0", METHOD, None, "classifier.dropout.adapter_call0"),
+    "calls": ("t5", "{encoder,decoder}.dropout@1", METHOD, None, "encoder.dropout.adapter_call1"),
+    "output": ("bert", "bert.encoder:last_hidden_state", METHOD, None, "bert.encoder.adapter_last_hidden_state"),
+    "mid-block": ("llama", "model.layers.*/add", METHOD, None, "model.layers.0.adapter_add"),
+    "boundary": ("bert", "bert.encoder.layer.*.output/add", METHOD, None, "bert.encoder.layer.0.output.adapter_add"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, traced):
+    name, at, method, where, body = KINDS[request.param]
+    case, model, graph = traced(name)
+    return case, model, graph, graph.splice(at, method, where=where), body
+
+
+def logits(output):
+    return output[0] if not isinstance(output, torch.Tensor) else output
+
+
+def test_where_a_body_lives_and_its_keys(kind):
+    _, _, _, spliced, body = kind
+    assert next(iter(spliced.bodies)) == body
+    keys = list(spliced.compile().state_dict())
+    assert [k for k in keys if k.startswith(body + ".")] == [
+        f"{body}.{part}" for part in ("down.weight", "down.bias", "up.weight", "up.bias")
+    ]
+
+
+def test_files_recipes_and_taking_out(kind, tmp_path):
+    case, model, graph, spliced, _ = kind
+    assert spliced != graph
+    assert spliced.unsplice() == graph
+    assert spliced.unsplice(list(spliced.bodies)) == graph
+    again = ag.Graph.from_json(spliced.to_json())
+    assert again == spliced
+    assert again.splices == spliced.splices
+    assert ag.apply(graph, spliced.recipe()) == spliced
+    adapted = randomise(spliced.compile())
+    ag.save(adapted, tmp_path / "adapter")
+    loaded = ag.load(model, tmp_path / "adapter")
+    args, kwargs = case.args()
+    with torch.no_grad():
+        expected = logits(adapted(*args, **kwargs))
+        assert torch.equal(logits(loaded(*args, **kwargs)), expected)
+        assert not torch.allclose(logits(model(*args, **kwargs)), expected)
+
+
+def test_pictures_tables_and_plans_know_them(kind):
+    _, _, _, spliced, body = kind
+    text = spliced.summary().plain if hasattr(spliced.summary(), "plain") else str(spliced.summary())
+    assert "+" in text
+    assert body in spliced.dot(fold=False, open=()) or body.rpartition(".")[2] in spliced.dot()
+    assert spliced.plan().trained == sum(spliced.params[p].size for p in spliced.body_params)
+
+
+# ---------------------------------------------------------------------- declared graphs
+
+
+def declared():
+    x = ag.input("x", shape=("batch", 6))
+    up = ag.dense(x, 8, name="up")
+    down = ag.dense(ag.relu(up, name="act"), 6, name="down")
+    return ag.Graph(ag.add([x, down], name="sum")).freeze()
+
+
+def test_before_a_declared_node_replaces_what_it_reads_and_nobody_else():
+    graph = declared().splice("up", METHOD, where="before")
+    assert graph["up"].inputs == ("up.adapter.residual",)
+    assert graph["sum"].inputs == ("x", "down")
+    model = randomise(graph.compile())
+    x = torch.randn(3, 6)
+    body = model.up.adapter
+    inner = x + body.up(torch.relu(body.down(x)))
+    torch.testing.assert_close(model(x), x + model.down(torch.relu(model.up(inner))))
+
+
+def test_two_bodies_before_one_host_run_in_splice_order():
+    graph = declared().splice("up", METHOD, name="one", where="before").splice("up", METHOD, name="two", where="before")
+    assert graph.bodies["up.two"].calls == (("up.one.residual", "up.two.residual"),)
+    assert graph["up"].inputs == ("up.two.residual",)
+    assert graph.unsplice("up.one")["up"].inputs == ("up.two.residual",)
+    assert graph.unsplice("up.one").bodies["up.two"].calls == (("x", "up.two.residual"),)
+
+
+def test_a_body_around_a_host_reads_what_a_body_before_it_gives():
+    before_first = declared().splice("up", METHOD, name="pre", where="before").splice("up", PARALLEL_8, name="side")
+    around_first = declared().splice("up", PARALLEL_8, name="side").splice("up", METHOD, name="pre", where="before")
+    assert before_first["up.side.down"].inputs == around_first["up.side.down"].inputs == ("up.pre.residual",)
+
+
+PARALLEL_8 = ag.Bottleneck(3, parallel=True)
+
+
+def test_a_span_over_declared_nodes():
+    graph = declared().splice(ag.span("up", "down"), PARALLEL)
+    model = randomise(graph.compile())
+    x = torch.randn(3, 6)
+    body = model.down.adapter
+    expected = model.down(torch.relu(model.up(x))) + body.up(torch.relu(body.down(x)))
+    torch.testing.assert_close(model(x), x + expected)
+    assert graph.splices[0].at == ag.span("up", "down")
+    assert ag.Graph.from_json(graph.to_json()) == graph
+
+
+# ---------------------------------------------------------------------- what stays refused
+
+
+class Slices(nn.Module):
+    """Writes into a slice of what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.fc(x) * 2
+        h[:, 0] = 0
+        return self.last(h + x) + h
+
+
+class Branches(Slices):
+    def forward(self, x):
+        h = self.fc(x) * 2
+        if h.sum() > 0:
+            h = h + 1
+        return self.last(h) + h
+
+
+class Inside(Slices):
+    def forward(self, x):
+        h = self.fc(x) * 2
+        with torch.no_grad():
+            h = h + 1
+        return self.last(h) + h
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Slices, "it cannot be followed: TypeError: '_Proxy' object does not support item assignment"),
+        (Inside, "it runs a part of itself in a `with` block"),
+        (Branches, "it branches on what a value is (gt)"),
+    ],
+)
+def test_a_forward_that_cannot_be_lowered_is_refused_with_the_places_near_it(cls, why):
+    model = nn.Sequential(cls())
+    before = {n: type(m) for n, m in model.named_modules()}
+    graph = ag.trace(model, torch.ones(2, 4)).splice("0/mul", METHOD)
+    with pytest.raises(ag.BadSplice) as caught:
+        graph.compile()
+    text = str(caught.value)
+    assert text.startswith("'0/mul' is an operation inside a forward that cannot be reached")
+    assert why in text
+    assert "splice at a module near it:" in text
+    assert "'0'" in text
+    with pytest.raises(ag.BadSplice):
+        graph.compile(inplace=True)
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    assert all(not hasattr(m, "_adaptergraph_plan") for m in model.modules())
+
+
+def test_arguments_that_cannot_be_made_again():
+    class Takes(Slices):
+        def forward(self, x, keep):
+            h = self.fc(x) * 2
+            keep.append(h)
+            return self.last(h) + h
+
+    model = Takes()
+    graph = ag.trace(model, torch.ones(2, 4), []).splice("/mul", METHOD)
+    with pytest.raises(ag.BadSplice, match="was traced with arguments that cannot be made again"):
+        ag.Graph.from_json(graph.to_json()).compile(model)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n in ("bert", "llama", "gpt2", "t5", "vit")])
+def test_a_refused_splice_changes_nothing(traced, name):
+    graph = traced(name).graph
+    with pytest.raises(ag.UnknownNode, match="nearest"):
+        graph.splice("**.laier.*/add", METHOD)
+
+
+class Aside(nn.Module):
+    """A module without modules that leaves a value for others."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = []
+
+    def forward(self, x):
+        self.left[:] = [x * 2]
+        return x + 1
+
+
+class Leaves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.aside = Aside()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.aside(x)
+        return self.fc(y + self.aside.left[0])
+
+
+def test_a_value_that_a_module_leaves_for_others_is_no_place():
+    graph = ag.trace(Leaves(), torch.ones(2, 4))
+    inner = next(n for n in graph if n.startswith("aside:"))
+    with pytest.raises(
+        ag.BadSplice, match="is computed inside a module without modules: no body can be attached there"
+    ):
+        graph.splice(inner, METHOD)
+    reads = graph.splice("fc", lambda site: site.output + ag.dense(site.graph[inner], 4))
+    with pytest.raises(ag.BadSplice, match="is computed inside a module without modules, where it cannot be read"):
+        reads.compile()
