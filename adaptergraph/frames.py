@@ -72,7 +72,9 @@ class Frame:
 
 
 class _Here(threading.local):
-    frame: Frame | None = None
+    # set in each thread at once, so that compiled code finds the same attributes at every call
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
 
 
 HERE = _Here()
@@ -109,9 +111,11 @@ def read(token: Token | None, key: Key) -> Tensor:
             hint="call the model as a whole: a part that is called by itself has only its own values",
         )
     value = frame.values[key.number]
-    # what a reentrant checkpoint returns was computed without gradients, and has them all the same
-    unknown = key.trained and frame.without_grad[key.number] and not value.requires_grad
-    if (unknown or key.number in frame.lost) and torch.is_grad_enabled():
+    # what a reentrant checkpoint returns was computed without gradients, and has them all the same; what differs from
+    # layer to layer is asked last, so that compiled code of one layer serves the others
+    if torch.is_grad_enabled() and (
+        key.number in frame.lost or (frame.without_grad[key.number] and not value.requires_grad and key.trained)
+    ):
         raise GraphError(
             f"a body reads {key.name!r}, and gradients that go through it would be lost",
             node=key.name,

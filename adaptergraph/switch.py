@@ -40,9 +40,10 @@ class Slot(threading.local):
         backward: the backward pass in which it was chosen; -1 outside one.
     """
 
-    branch: nn.Module | None = None
-    rows: Rows | None = None
-    backward: int = -1
+    def __init__(self) -> None:
+        self.branch: nn.Module | None = None
+        self.rows: Rows | None = None
+        self.backward = -1
 
     def choose(self, branch: nn.Module | None, rows: Rows | None) -> Chosen:
         """Lets this run from now on, and gives what `restore` brings back."""
