@@ -25,7 +25,8 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     """In this `with` block and thread, the model runs this task, or one task for each row of the batch.
 
     It changes what runs, not what is trained, and goes before `set_task`. What a checkpoint computes again in the
-    backward runs the task that it ran in the forward, also after the block and in another thread.
+    backward runs the task that it ran in the forward, also after the block and in another thread; only where a
+    checkpoint is around a part that is compiled by itself, the backward belongs into the block.
 
     Args:
         model: a compiled model with a `Switch`.

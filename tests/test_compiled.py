@@ -195,3 +195,34 @@ def test_sixteen_tasks_over_taps_and_spans_are_one_graph():
         outputs.append(found[0][0])
     assert counter.frame_count == 1
     assert all(not torch.allclose(outputs[0], other, atol=1e-2) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("kind", ["span", "tap", "mid"])
+def test_compiled_layers_that_checkpoint_themselves(kind):
+    model = adapted(kind).train()
+    _, expected = trained_step(model, model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=kind != "mid"):
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        near_gradients(trained_step(model, model)[1], expected)
+
+
+def test_a_compiled_layer_that_checkpoints_itself_runs_the_task_it_ran():
+    graph = ag.trace(deep_llama(), **GIVEN).splice("model.layers.*.mlp.down_proj", ag.Switch({"a": BODY, "b": BODY}))
+    model = byhand.randomise(graph.compile(), 0.3).train()
+    model.enable_input_require_grads()
+
+    def step():
+        model.zero_grad()
+        out = model(**GIVEN, task="b").logits.pow(2).mean()
+        with model.task("a"):
+            out.backward()
+        return gradients(model)
+
+    expected = step()
+    assert {n.split(".")[6] for n in expected} == {"b"}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    near_gradients(step(), expected)
