@@ -345,6 +345,7 @@ def test_a_model_that_was_changed_swapped_or_detached(kind):
     ag.detach(model)
     assert snapshot(base) == before
     refused(lambda: ag.detach(model), "nothing is attached to this LlamaForCausalLM")
+    assert KINDS[kind](ag.trace(model, **GIVEN)) == graph
     with torch.no_grad():
         again = byhand.randomise(graph.compile(base))(**GIVEN).logits
         assert torch.equal(again, byhand.randomise(graph.compile(base))(**GIVEN).logits)

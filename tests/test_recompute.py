@@ -39,6 +39,7 @@ class Net(nn.Module):
         super().__init__()
         self.embed = nn.Linear(8, WIDTH)
         self.layers = nn.ModuleList(Twice() for _ in range(3))
+        self.mix = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, 4)
         self.how = "plain"
         self.reentrant = False
@@ -47,11 +48,10 @@ class Net(nn.Module):
         h = self.embed(x)
         again = {"use_reentrant": self.reentrant}
         if self.how == "plain":
-            for layer in self.layers:
-                h = layer(h)
+            h = self.run_all(h)
         elif self.how == "layers":
             for layer in self.layers:
-                h = checkpoint(layer, h, **again)
+                h = checkpoint(self.run_one, layer, h, **again)
         elif self.how == "one region":
             h = checkpoint(self.run_all, h, **again)
         elif self.how == "nested":
@@ -61,14 +61,17 @@ class Net(nn.Module):
                 h = checkpoint(self.run_hooked, h, **again)
         return self.head(h)
 
+    def run_one(self, layer, h):
+        return h + torch.tanh(self.mix(layer(h)))
+
     def run_all(self, h):
         for layer in self.layers:
-            h = layer(h)
+            h = self.run_one(layer, h)
         return h
 
     def run_nested(self, h):
         for layer in self.layers:
-            h = checkpoint(layer, h, use_reentrant=self.reentrant)
+            h = checkpoint(self.run_one, layer, h, use_reentrant=self.reentrant)
         return h
 
     def run_hooked(self, h):
@@ -93,6 +96,8 @@ AT_CALLS = (
     ("layers.*.shared@1", BODY),
     ("layers.1.shared", reading("layers.0.norm", "layers.0.shared@1")),
     ("layers.2.shared@1", reading("layers.2.shared", "layers.1.norm", "layers.0.shared", "embed")),
+    ("mix@1", reading("mix", "layers.0.norm")),
+    ("mix@2", reading("mix@1", "mix")),
 )
 
 
@@ -279,10 +284,12 @@ def test_nothing_keeps_a_forward_that_is_given_up():
     model.how = "nested"
     (x,) = inputs(1)
     kept = []
-    model.layers[1].shared.register_forward_hook(lambda m, args, output: kept.append(weakref.ref(output)))
+    # values that bodies of later regions read
+    for module in (model.layers[0].norm, model.layers[1].norm, model.mix):
+        module.register_forward_hook(lambda m, args, output: kept.append(weakref.ref(output)))
     model(x)
     gc.collect()
-    assert [one() for one in kept] == [None, None]
+    assert [one() for one in kept] == [None] * 5
 
 
 @pytest.mark.parametrize("how", ["layers", "one region"])
@@ -295,7 +302,7 @@ def test_where_the_region_cannot_be_found_it_is_an_error(monkeypatch, how):
     for reentrant in (False, True):
         model.reentrant = reentrant
         (x,) = inputs(1)
-        with pytest.raises(ag.GraphError, match=r"'layers.*(was not computed in this|is called by itself)"):
+        with pytest.raises(ag.GraphError, match=r"'(layers|mix).*(was not computed in this|is called by itself)"):
             model(x).pow(2).sum().backward()
     model.how = "plain"
     same(backward_of(model, inputs(1))[0], plain[0])
