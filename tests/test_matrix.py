@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import pickle
@@ -9,10 +10,11 @@ import pickle
 import byhand
 import pytest
 import torch
-from cells import CELLS, Cell, Hand, serial, wrap_after
+from cells import ALL, CELLS, Cell, Hand, serial, wrap_after
 from models import keys, loss, run, snapshot, tensors
 from test_hosted import same
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import adaptergraph as ag
 
@@ -269,3 +271,86 @@ def test_kinds_stack_in_any_order_of_splicing(traced, name, order):
             if body_name.rpartition(".")[2].startswith(kind.kind):
                 kind.write(own, body.host, kind.hand(model.get_submodule(body_name)))
     compared(model, own, case, output_hidden_states=True)
+
+
+# ---------------------------------------------------------------------- every operation
+
+
+class Changing(TorchFunctionMode):
+    """Changes what one operation gives: of a module called by its path, by its name and how often it ran before."""
+
+    def __init__(self, model, operation, change):
+        super().__init__()
+        self.operation, self.change = operation, change
+        self.running, self.counts = [""], collections.Counter()
+        self.paused, self.done = False, 0
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(lambda m, args, path=path: self.running.append(path))
+                module.register_forward_hook(lambda m, args, out: self.leave())
+
+    def leave(self):
+        self.running.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.strip("_") if func.__name__.startswith("__") else func.__name__
+        if self.paused or not tensors(result):
+            return result
+        stem = f"{self.running[-1]}/{name}"
+        count = self.counts[stem]
+        self.counts[stem] += 1
+        if self.operation == (f"{stem}_{count}" if count else stem):
+            self.paused, self.done = True, self.done + 1
+            result = byhand.on_first_float(result, self.change)
+            self.paused = False
+        return result
+
+
+@pytest.mark.parametrize(
+    ("name", "within", "reached"),
+    [
+        ("bert", "bert.encoder.layer.0", 0.9),
+        ("distilbert", "distilbert.transformer.layer.0", 1),
+        ("vit", "vit.layers.0", 1),
+        ("llama", "model.layers.0", 0.9),
+        ("gpt2", "transformer.h.0", 0.8),
+        ("whisper", "model.encoder.layers.0", 0.9),
+        ("encoder", "layers.0", 1),
+        ("convnet", "layers.0", 1),
+    ],
+)
+def test_every_operation_of_a_layer_is_reached_and_right_or_refused(traced, name, within, reached):
+    case = ALL[name]
+    args, kwargs = case.args()
+    if case.generates:
+        kwargs |= {"use_cache": False}
+    if name == "gpt2":
+        kwargs |= {"attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
+    graph = ag.trace(case.model(), *args, **kwargs)
+    found = [
+        n for n in graph if n.startswith(within) and "/" in n and ":" not in n and graph[n].dtype.is_floating_point
+    ]
+    found = [n for n in found if graph[n].op != "output" and graph[n].shape[-1] > 0]
+    right = 0
+    for operation in found:
+        try:
+            spliced = graph.splice(operation, ag.Bottleneck(4))
+            model = byhand.randomise(spliced.compile(), 0.3)
+        except ag.BadSplice:
+            continue
+        (body,) = spliced.bodies
+        hand = Hand(model.get_submodule(body), serial)
+        own = case.model().requires_grad_(False)
+        with Changing(own, operation, hand) as mode:
+            expected = own(*args, **kwargs)
+        outputs = [model(*args, **kwargs), expected]
+        assert mode.done == hand.calls == 1, operation
+        for one, other in zip(*map(tensors, outputs), strict=True):
+            close(one, other, operation)
+        for out in outputs:
+            loss(out).backward()
+        for mine, theirs in zip(model.get_submodule(body).parameters(), hand.parameters(), strict=True):
+            close(mine.grad, theirs.grad, operation)
+        right += 1
+    assert right >= reached * len(found) > 0
