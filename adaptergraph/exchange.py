@@ -151,7 +151,8 @@ def method_to_json(method: Any) -> dict[str, Any]:
         raise GraphError(
             f"the method {name!r} is code of yours, which has no name in a file",
             source=here(),
-            hint="use one of the methods of adaptergraph: " + ", ".join(METHODS),
+            hint="keep the splice in your code: safetensors.torch.save_file(ag.adapter_state(model), path), and later "
+            "graph.splice(…).compile(state=path)",
         )
     kind: Any = type(method)
     options = {f.name: (getattr(method, f.name), f.default) for f in fields(kind)}

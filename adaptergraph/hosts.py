@@ -168,6 +168,13 @@ def _refuse_operation(graph: Graph, host: str, source: Source | None) -> None:
             source=source,
             hint=f"splice at what reads it, or {instead}",
         )
+    if any(graph._nodes[r].op == "output" for r in graph.consumers.get(node.name or "", ())):
+        raise BadSplice(
+            f"{host!r} gives several values, of which none is its own: no body can be attached there",
+            node=host,
+            source=source,
+            hint=f"splice at what reads one of them, or {instead}",
+        )
     if node.dtype is None or not node.dtype.is_floating_point:
         raise BadSplice(
             f"{host!r} gives no float tensor but {node.dtype}: a body has nothing to work on",

@@ -92,29 +92,35 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def _alternatives(inside: str, text: str) -> str:
-    words = []
-    for word in inside.split(","):
-        numbers = _RANGE.fullmatch(word.strip())
-        words.append(_range(numbers, text) if numbers else re.escape(word.strip()).replace(r"\*", "[^./]*"))
-    return f"(?:{'|'.join(words)})"
+    return f"({'|'.join(map(_word, _words(inside, text)))})"
 
 
 def _numbers(inside: str, text: str) -> str:
+    return f"({'|'.join(_range(inside, text))})"
+
+
+def _words(inside: str, text: str) -> list[str]:
+    """The alternatives between braces, ranges written out."""
+    words = [word.strip() for word in inside.split(",")]
+    return [w for word in words for w in (_range(word, text) if _RANGE.fullmatch(word) else [word])]
+
+
+def _word(word: str) -> str:
+    return re.escape(word).replace(r"\*", "[^./]*")
+
+
+def _range(inside: str, text: str) -> list[str]:
     numbers = _RANGE.fullmatch(inside)
     if not numbers:
         raise GraphError(
             f"[{inside}] in the selector {text!r} is no range of numbers",
             source=here(),
-            hint="write [0-5] for a range, {a,b} for alternatives",
+            hint="write [0-5] for a range, {a,b} for alternatives; a dot before a number: layer.0",
         )
-    return _range(numbers, text)
-
-
-def _range(numbers: re.Match[str], text: str) -> str:
     first, last = int(numbers[1]), int(numbers[2])
     if last < first or last - first > 100_000:
         raise GraphError(f"the range {numbers[0]} in the selector {text!r} is empty or too long", source=here())
-    return f"(?:{'|'.join(map(str, range(first, last + 1)))})"
+    return [str(n) for n in range(first, last + 1)]
 
 
 def is_pattern(text: str) -> bool:
@@ -259,7 +265,7 @@ def hits(graph: Graph, entry: Any) -> list[str]:
             graph.calls_of(name)
         return list(entry)
     if callable(entry):
-        names = [n.name for n in graph.nodes() if n.name and n.op not in ("input", "output") and entry(n)]
+        names = [n.name for n in graph.nodes() if n.name and n.op not in ("input", "output") and _asked(entry, n)]
         if not names:
             raise UnknownNode("the predicate selects no node", source=here())
         return names
@@ -277,16 +283,61 @@ def hits(graph: Graph, entry: Any) -> list[str]:
     return match(entry, known)
 
 
+def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
+    try:
+        return bool(predicate(node))
+    except Exception as error:
+        kind = type(predicate).__name__
+        raise GraphError(
+            f"the predicate fails at {node.name!r}: {type(error).__name__}: {error}",
+            node=node.name,
+            source=here(),
+            hint="a predicate takes a node and says whether it is meant"
+            + ("" if kind in ("function", "method") else f"; a {kind} is selected by its name"),
+        ) from error
+
+
 def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
-    """The names that a selector matches; a selector without a match is an error with the nearest names."""
-    if is_pattern(text):
-        expression = pattern(text)
-        found = [name for name in names if expression.fullmatch(name)]
-    else:
-        found = [text] if text in names else []
+    """The names that a selector matches.
+
+    Raises:
+        UnknownNode: it matches nothing, or one of its alternatives does; the nearest names are in the message.
+    """
+    if not is_pattern(text):
+        if text not in names:
+            raise no_match(text, names, what)
+        return [text]
+    found = [m for m in map(pattern(text).fullmatch, names) if m]
     if not found:
         raise no_match(text, names, what)
-    return found
+    _refuse_idle(text, found, names, what)
+    return [m[0] for m in found]
+
+
+def _refuse_idle(text: str, found: list[re.Match[str]], names: Sequence[str], what: str) -> None:
+    """Each alternative between braces must match something, as each entry of a list must."""
+    tokens = [t for t in _TOKEN.finditer(text) if t.group()[0] in "{["]
+    for number, token in enumerate(tokens, 1):
+        words = _words(token.group()[1:-1].replace("-", ".."), text) if token.group()[0] == "[" else None
+        words = words or _words(token.group()[1:-1], text)
+        used = {m[number] for m in found}
+        idle = [w for w in words if w not in used and not any(re.fullmatch(_word(w), u) for u in used)]
+        # what an earlier alternative took may fit a later one too
+        idle = [
+            w for w in idle if not any(map(pattern(text[: token.start()] + w + text[token.end() :]).fullmatch, names))
+        ]
+        if idle:
+            known = sorted(used)
+            close = nearest(idle[0], {s for name in names for s in re.split(r"[./]", name)} - used)
+            shown = ", ".join(idle[:5]) + (" …" if len(idle) > 5 else "")
+            raise UnknownNode(
+                f"{text!r} selects no {what} for {shown}",
+                node=text,
+                sides=[("it selects", ", ".join(known[:8]) + (" …" if len(known) > 8 else ""))],
+                source=here(),
+                hint=f"leave {'it' if len(idle) == 1 else 'them'} out"
+                + (f", or did you mean {close[0]!r}?" if close and not idle[0].isdigit() else ""),
+            )
 
 
 def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode:
@@ -326,7 +377,8 @@ def _mended(text: str, names: Sequence[str]) -> str | None:
     if changed and any(pattern(mended).fullmatch(n) for n in names):
         return mended
     # every word is known, only not in this place: allow any path between the words
-    loose = "**." + text if not text.startswith("**") else None
-    if loose and any(pattern(loose).fullmatch(n) for n in names):
-        return loose
+    head, dot, last = text.rpartition(".")
+    for loose in (f"{head}/{last}" if dot else f"/{text}", f"**.{text}"):
+        if not text.startswith("**") and any(map(pattern(loose).fullmatch, names)):
+            return loose
     return None

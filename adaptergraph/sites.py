@@ -226,7 +226,7 @@ def check_host(model: nn.Module, graph: Graph) -> None:
         raise GraphError(
             f"this {type(model).__name__} has bodies already",
             source=here(),
-            hint="ag.detach(model) takes them off; or compile a copy: graph.compile()",
+            hint="ag.detach(model) takes them off; a copy is compiled before bodies are attached in place",
         )
     modules = {n: type(m).__name__ for n, m in model.named_modules()}
     params = {n: Param(tuple(p.shape), p.dtype) for n, p in model.named_parameters()}

@@ -376,7 +376,8 @@ def _structure(host: Graph) -> str:
 def _values(model: nn.Module, graph: Graph) -> str | None:
     """A fingerprint of the frozen values: sixteen of each tensor, in bfloat16, so that a rounded base is the same."""
     own = dict(model.named_parameters())
-    frozen = [own[n].detach() for n in sorted(graph.params) if n in own and not graph.trained[n] and own[n].numel()]
+    names = [n for n in sorted(graph.params) if n in own and not graph.trained[n] and n not in graph.body_params]
+    frozen = [own[n].detach() for n in names if own[n].numel()]
     if any(t.is_meta for t in frozen):
         return None
     digest = hashlib.sha256()

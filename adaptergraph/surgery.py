@@ -84,6 +84,12 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     if "." in check_name(name, source):
         raise GraphError(f"the name of a body is one word, not {name!r}", node=name, source=source)
     apply = getattr(method, "apply", method)
+    if isinstance(method, torch.nn.Module):
+        raise BadSplice(
+            f"{type(method).__name__} is a module, and a method is a function site -> Node",
+            source=source,
+            hint=f"lambda site: ag.module(site.output, {type(method).__name__}(…))",
+        )
     if isinstance(method, type) or not callable(apply):
         raise BadSplice(
             f"{method!r} is no method and no callable site -> Node",

@@ -83,7 +83,8 @@ def _refuse(model: Any) -> None:
             raise GraphError(
                 f"this {cls} has bodies already{where}",
                 source=here(),
-                hint="add to its graph instead: ag.graph_of(model).splice(…).compile()",
+                hint="add to its graph instead, with what it has learnt: "
+                "ag.graph_of(model).splice(…).compile(state=ag.adapter_state(model))",
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise GraphError(
@@ -141,6 +142,8 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         hint = (
             f"the parameters are on {', '.join(homes)}: move argument {away[0]} there with .to({next(iter(homes))!r})"
         )
+    elif any(isinstance(v, Mapping) for v in args):
+        hint = "arguments by name need two stars: ag.trace(model, **batch)"
     elif not any(True for _ in tensors((args, kwargs))):
         hint = "there is no tensor among them: give what model(…) takes, for example what a tokenizer returns"
     return GraphError(

@@ -529,7 +529,7 @@ GRAPHS = [
         lambda: chain().select("a[x]"),
         G,
         "[x] in the selector 'a[x]' is no range of numbers",
-        "write [0-5] for a range, {a,b} for alternatives",
+        "write [0-5] for a range, {a,b} for alternatives; a dot before a number: layer.0",
     ),
     (lambda: chain().select("a[3-1]"), G, "the range 3-1 in the selector 'a[3-1]' is empty or too long", None),
     (
@@ -797,6 +797,36 @@ SPLICES = [
         B,
         "'Linear' is the model itself: bodies are added at modules inside it",
         "trace it inside another module: nn.Sequential(model)",
+    ),
+    (
+        lambda: traced().select("{fc,othr,aside}"),
+        U,
+        "'{fc,othr,aside}' selects no node for othr",
+        "leave it out, or did you mean 'other'?",
+    ),
+    (
+        lambda: ag.trace(nn.Sequential(nn.ReLU(), nn.ReLU()), torch.ones(2, 8)).select("{0..4}"),
+        U,
+        "'{0..4}' selects no node for 2, 3, 4",
+        "leave them out",
+    ),
+    (
+        lambda: traced().select(nn.Softmax(-1)),
+        G,
+        ANY,
+        "a predicate takes a node and says whether it is meant; a Softmax is selected by its name",
+    ),
+    (
+        lambda: traced().splice("fc", nn.Linear(8, 8)),
+        B,
+        "Linear is a module, and a method is a function site -> Node",
+        "lambda site: ag.module(site.output, Linear(…))",
+    ),
+    (
+        lambda: traced().splice("/split", ag.Bottleneck(2)),
+        B,
+        "'/split' gives several values, of which none is its own: no body can be attached there",
+        ANY,
     ),
     (
         lambda: traced().splice("/split:1", ag.Bottleneck(2)),

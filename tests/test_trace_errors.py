@@ -131,6 +131,7 @@ def test_a_forward_that_fails_by_itself():
         ((torch.ones(2, 5),), {}, ["argument 0   (2, 5)", "in           layers.0 (Linear)", "RuntimeError"]),
         ((), {}, ["TypeError", "missing a required argument: 'x'", "there is no tensor among them"]),
         ((torch.ones(2, 4),), {"y": 1}, ["argument y   1", "unexpected keyword argument 'y'"]),
+        (({"x": torch.ones(2, 4)},), {}, ["arguments by name need two stars: ag.trace(model, **batch)"]),
         (("hello",), {}, ["argument 0   'hello'", "there is no tensor among them", "tokenizer"]),
         (([[1.0, 2.0]],), {}, ["argument 0   [[1.0, 2.0]]", "there is no tensor among them"]),
     ],
