@@ -6,14 +6,17 @@ long closed and maybe in another thread: that part then finds the frame as it wa
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from .errors import GraphError
 
@@ -42,13 +45,14 @@ class Key:
 class Frame:
     """The values of one forward so far, how often its modules were called, and the frame around it."""
 
-    __slots__ = ("counts", "outer", "token", "values", "without_grad")
+    __slots__ = ("counts", "lost", "outer", "token", "values", "without_grad")
 
     def __init__(self, token: Token | None, outer: Frame | None) -> None:
         self.token = token
         self.outer = outer
         self.values: dict[int, Tensor] = {}
         self.without_grad: dict[int, bool] = {}
+        self.lost: set[int] = set()
         self.counts: dict[int, int] = {}
 
     def copy(self) -> Frame:
@@ -57,11 +61,20 @@ class Frame:
         twin.values.update(self.values)
         twin.without_grad.update(self.without_grad)
         twin.counts.update(self.counts)
+        twin.lost.update(self.lost)
         return twin
+
+    def cut(self) -> None:
+        """Marks the values whose gradients a reentrant region loses: it knows those of its arguments only."""
+        self.lost |= {number for number, value in self.values.items() if value.requires_grad}
+        if self.outer is not None:
+            self.outer.cut()
 
 
 class _Here(threading.local):
-    frame: Frame | None = None
+    # set in each thread at once, so that compiled code finds the same attributes at every call
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
 
 
 HERE = _Here()
@@ -81,6 +94,7 @@ def keep(token: Token | None, key: Key, value: Tensor) -> None:
     if frame is not None:
         frame.values[key.number] = value
         frame.without_grad[key.number] = not torch.is_grad_enabled()
+        frame.lost.discard(key.number)
 
 
 def read(token: Token | None, key: Key) -> Tensor:
@@ -94,16 +108,20 @@ def read(token: Token | None, key: Key) -> Tensor:
         raise GraphError(
             f"a body reads {key.name!r}, which was not computed in this forward",
             node=key.name,
-            hint="call the model as a whole; a part that is called by itself, or computed again by a reentrant "
-            "checkpoint (use_reentrant=False keeps it), has only its own values",
+            hint="call the model as a whole: a part that is called by itself has only its own values",
         )
-    if key.trained and frame.without_grad[key.number] and torch.is_grad_enabled():
+    value = frame.values[key.number]
+    # what a reentrant checkpoint returns was computed without gradients, and has them all the same; what differs from
+    # layer to layer is asked last, so that compiled code of one layer serves the others
+    if torch.is_grad_enabled() and (
+        key.number in frame.lost or (frame.without_grad[key.number] and not value.requires_grad and key.trained)
+    ):
         raise GraphError(
-            f"a body reads {key.name!r}, which was computed without gradients",
+            f"a body reads {key.name!r}, and gradients that go through it would be lost",
             node=key.name,
-            hint="use_reentrant=False, if that part is checkpointed: a reentrant checkpoint loses these gradients",
+            hint="checkpoint with use_reentrant=False, and compute what is trained with gradients",
         )
-    return frame.values[key.number]
+    return value
 
 
 def count(token: Token | None, key: Key) -> int:
@@ -124,14 +142,20 @@ def count(token: Token | None, key: Key) -> int:
 
 
 def keep_for_recompute() -> None:
-    """Lets the checkpointed region that runs now, if any, find its frame again when it is computed again."""
-    before = HERE.frame
-    if before is not None:
-        remember("frame", lambda: _opened(before.copy()))
+    """Lets the checkpointed regions that run now, if any, find the frame again when they are computed again."""
+    if not torch.compiler.is_compiling():
+        remember("frame", _as_it_is)
+
+
+def _as_it_is(reentrant: bool) -> Callable[[], AbstractContextManager[None]]:
+    kept = HERE.frame.copy() if HERE.frame is not None else None
+    if reentrant and kept is not None:
+        kept.cut()
+    return lambda: _opened(kept.copy() if kept is not None else None)
 
 
 @contextmanager
-def _opened(frame: Frame) -> Iterator[None]:
+def _opened(frame: Frame | None) -> Iterator[None]:
     outer = HERE.frame
     HERE.frame = frame
     try:
@@ -140,45 +164,70 @@ def _opened(frame: Frame) -> Iterator[None]:
         HERE.frame = outer
 
 
-def remember(what: object, make: Callable[[], AbstractContextManager[None]]) -> None:
-    """Lets the checkpointed region that runs now, if any, run inside a context when it is computed again.
+def remember(what: object, make: Callable[[bool], Callable[[], AbstractContextManager[None]]]) -> None:
+    """Lets the checkpointed regions that run now, if any, run inside a context when they are computed again.
 
     Args:
         what: what the context brings back; only the first one for each region counts: the state where it began.
-        make: called now and gives a function that makes the context at each recomputation.
+        make: called now, with whether the region is a reentrant one; gives what makes the context of a recomputation.
     """
-    if torch.compiler.is_compiling():
-        return
-    region = _region()
-    if region is None:
-        return
-    known = region.__dict__.setdefault("_adaptergraph", {})
-    if what in known:
-        return
-    known[what] = make
-    if len(known) == 1:
-        again = region.recompute_fn
-
-        def restored(*args: Any) -> Any:
-            return _inside([*known.values()], again, args)
-
-        region.recompute_fn = restored
+    for regions in (_regions(), _reentrant_regions()):
+        for region, attribute in regions:
+            known = region.__dict__.setdefault("_adaptergraph", {})
+            if what in known:
+                break
+            if not known:
+                setattr(region, attribute, functools.partial(_again, known, getattr(region, attribute)))
+            known[what] = make(attribute == "run_function")
 
 
-def _inside(contexts: list[Callable[[], AbstractContextManager[None]]], again: Any, args: Any) -> Any:
-    if not contexts:
-        return again(*args)
-    with contexts[0]():
-        return _inside(contexts[1:], again, args)
+def _again(known: Mapping[object, Callable[[], AbstractContextManager[None]]], run: Any, *args: Any) -> Any:
+    with ExitStack() as contexts:
+        for make in known.values():
+            contexts.enter_context(make())
+        return run(*args)
 
 
-def _region() -> Any:
-    """What torch's checkpoint keeps of the region that runs now; None outside one, and in a reentrant one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = hooks[0] if hooks else None
-    closure = getattr(pack, "__closure__", None)
-    if closure is None or "checkpoint" not in getattr(pack, "__module__", ""):
-        return None
-    cells = dict(zip(pack.__code__.co_freevars, closure, strict=True))
-    frame = cells["frame"].cell_contents if "frame" in cells else None
-    return frame if isinstance(frame, torch.utils.checkpoint._CheckpointFrame) else None
+def running_backward() -> int:
+    """The number of the backward pass that runs in this thread; -1 if none does."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _regions() -> list[tuple[Any, str]]:
+    """What torch's checkpoint keeps of the regions that run now, innermost first, and where what runs them again is.
+
+    Torch has no public way to it. Where it cannot be found nothing is remembered, and what is computed again finds no
+    frame and no task, which is an error.
+    """
+    autograd = torch._C._autograd
+    found: list[tuple[Any, str]] = []
+    taken = []
+    while hooks := autograd._top_saved_tensors_default_hooks(True):
+        taken.append(hooks)
+        autograd._pop_saved_tensors_default_hooks()
+    for pack, unpack in reversed(taken):
+        autograd._push_saved_tensors_default_hooks(pack, unpack)
+    for pack, _ in taken:
+        code, closure = getattr(pack, "__code__", None), getattr(pack, "__closure__", None)
+        if code is not None and closure and "frame" in code.co_freevars:
+            frame = closure[code.co_freevars.index("frame")].cell_contents
+            if isinstance(frame, checkpoint._CheckpointFrame):
+                found.append((frame, "recompute_fn"))
+    return found
+
+
+def _reentrant_regions() -> list[tuple[Any, str]]:
+    """The same for reentrant checkpoints, which run a region without gradients."""
+    found: list[tuple[Any, str]] = []
+    # the forward of an autograd function, which a reentrant checkpoint is, runs without forward gradients
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return found
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            found.append((frame.f_locals["ctx"], "run_function"))
+        frame = frame.f_back
+    return found
+
+
+_REENTRANT = checkpoint.CheckpointFunction.forward.__code__

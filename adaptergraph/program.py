@@ -156,6 +156,8 @@ class _Proxy(fx.Proxy):
                 asked: Any = fx.Proxy.__getattr__(self, name)
                 self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
             return self.dim() if name == "ndim" else getattr(value, name)
+        if value is None:
+            raise Unlowered(f"a function that it calls asks for the {name} of {self.node.name!r}, which is None")
         return super().__getattr__(name)
 
     def dim(self) -> int:
@@ -374,6 +376,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
     read = _names(inspect.unwrap(forward).__code__, type(module))
     settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and _is_plain(v)}
+    fixed |= {n: ... for n in source.handed if values.get(n) is not None}
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
     was = module.training
@@ -446,7 +449,9 @@ class _Source:
             tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
         except (OSError, TypeError, SyntaxError):
             raise Unlowered("its source is not there to be read") from None
+        # what may be compared with None: here, or in a function that it is handed to
         self.asked: set[str] = set()
+        self.handed: set[str] = set()
         arguments: ast.arguments = tree.body[0].args  # type: ignore[attr-defined]
         own, rest = arguments.args[0].arg if arguments.args else "", arguments.kwarg and arguments.kwarg.arg
         handed_on = {id(k.value) for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if not k.arg}
@@ -468,6 +473,16 @@ class _Source:
                 if not any(isinstance(n, ast.Constant) for n in (node.left, *node.comparators)):
                     raise Unlowered("it asks whether two values are the same object")
                 self.asked |= {n.id for n in (node.left, *node.comparators) if isinstance(n, ast.Name)}
+            if isinstance(node, ast.Call) and not _is_own(node.func):
+                given = (*node.args, *(k.value for k in node.keywords))
+                self.handed |= {n.id for n in given if isinstance(n, ast.Name)}
+
+
+def _is_own(called: ast.expr) -> bool:
+    """Whether what is called is a part of the module itself, such as a child."""
+    while isinstance(called, ast.Attribute | ast.Subscript):
+        called = called.value
+    return isinstance(called, ast.Name) and called.id == "self"
 
 
 def _followed(
@@ -498,6 +513,7 @@ def _followed(
             raise Unlowered(f"it cannot be followed: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     output = next(n for n in graph.nodes if n.op == "output")
     _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
+    _guard(graph, {n for n, v in tracer.given.items() if v is not None} - set(fixed))
     _hand_on(graph)
     _stop(graph, tracer, operations)
     graph.lint()
@@ -529,6 +545,16 @@ def _refuse_kind(value: Any) -> None:
         _refuse_kind(part)
 
 
+def _guard(graph: fx.Graph, given: set[str]) -> None:
+    """Where an argument goes to a function and not to children alone, a call without it takes another way."""
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in arguments:
+        if node.target in given and any(user.op != "call_module" for user in node.users):
+            with graph.inserting_after(arguments[-1]):
+                what: Any = (node, ..., f"the argument {node.target!r}")
+                graph.create_node("call_function", same, what, {})
+
+
 def _hand_on(graph: fx.Graph) -> None:
     """Further keyword arguments go where the forward gives its own."""
     more = next(n for n in graph.nodes if n.op == "placeholder")
@@ -557,6 +583,8 @@ def _stop(graph: fx.Graph, tracer: _Tracer, operations: Mapping[str, int]) -> No
             or list(tracer.operations.values()).count(node) != 1
         ):
             raise Unlowered(f"the operation {name!r} is a part of something larger in it")
+        if not isinstance(tracer.values[node], Tensor):
+            raise Unlowered(f"the operation {name!r} gives several values in it")
         if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
             raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
         with graph.inserting_after(node):

@@ -289,14 +289,14 @@ def detach(model: nn.Module) -> nn.Module:
     unfrozen and trained; save them first (`ag.save`) to keep them.
 
     Raises:
-        GraphError: nothing is attached, or a host got one more class since.
+        GraphError: nothing is attached, or a host or a module around one got another class since, as sharding does.
     """
     model = _inside(model)
     record = attachment(model)
     if record is None:
         raise GraphError(f"nothing is attached to this {type(model).__name__}", source=here())
-    for name in record.hosts:
-        if has_other_class(model.get_submodule(name)):
+    for name in _around(record):
+        if _is_changed(model, record, name):
             raise GraphError(
                 f"the class of {name!r} was changed after the bodies were attached",
                 node=name,
@@ -318,6 +318,21 @@ def detach(model: nn.Module) -> nn.Module:
     _give_back(model, record)
     del model.__dict__[_ATTACHED]
     return model
+
+
+def _around(record: Attachment) -> list[str]:
+    """The hosts and the modules around them: sharding one of these shards the bodies with it."""
+    paths = [*record.hosts, *(path_of(body.host) for body in record.graph.bodies.values())]
+    parts = [path.split(".") for path in paths]
+    return list(dict.fromkeys([*record.hosts, *(".".join(p[:i]) for p in parts for i in range(len(p) + 1))]))
+
+
+def _is_changed(model: nn.Module, record: Attachment, name: str) -> bool:
+    assert record.graph.imported is not None
+    module = model.get_submodule(name)
+    if plan_of(module) is not None:
+        return has_other_class(module)
+    return type(module).__name__ != record.graph.imported.modules[name].cls
 
 
 def _give_back(model: nn.Module, record: Attachment) -> None:

@@ -6,14 +6,17 @@ for `torch.compile` that is an input like any other, so that equal branches are 
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import frames
 from .errors import GraphError
 
 
@@ -25,11 +28,32 @@ class Rows:
     numbers: Tensor
 
 
-class Slot(threading.local):
-    """What runs in this thread: a branch, or one for each row. A copy starts empty."""
+Chosen = tuple[nn.Module | None, Rows | None, int]
 
-    branch: nn.Module | None = None
-    rows: Rows | None = None
+
+class Slot(threading.local):
+    """What runs in this thread: a branch, or one for each row. A copy starts empty.
+
+    Attributes:
+        branch: the module that runs.
+        rows: or what runs for each row.
+        backward: the backward pass in which it was chosen; -1 outside one.
+    """
+
+    def __init__(self) -> None:
+        self.branch: nn.Module | None = None
+        self.rows: Rows | None = None
+        self.backward = -1
+
+    def choose(self, branch: nn.Module | None, rows: Rows | None) -> Chosen:
+        """Lets this run from now on, and gives what `restore` brings back."""
+        before = self.branch, self.rows, self.backward
+        self.branch, self.rows, self.backward = branch, rows, frames.running_backward()
+        return before
+
+    def restore(self, before: Chosen) -> None:
+        """What was chosen before."""
+        self.branch, self.rows, self.backward = before
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, ()
@@ -59,6 +83,10 @@ class Switch(nn.Module):
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         slot = self.adaptergraph_slot
+        if not torch.compiler.is_compiling():
+            if frames.running_backward() != slot.backward:
+                raise _not_known(self)
+            frames.remember(self, self._as_it_is)
         if slot.rows is not None:
             by_row = self._all if torch.compiler.is_compiling() else self._grouped
             return by_row(slot.rows, (x, *more))
@@ -66,6 +94,12 @@ class Switch(nn.Module):
         if branch is None:
             raise _not_chosen(self)
         return branch(x, *more)
+
+    def _as_it_is(self, _: bool) -> Callable[[], AbstractContextManager[None]]:
+        """What is chosen now, for a checkpointed region that is computed again."""
+        slot = self.adaptergraph_slot
+        branch = slot.branch if slot.branch is not None or slot.rows is not None else self.adaptergraph_default
+        return functools.partial(_restored, slot, branch, slot.rows)
 
     def _grouped(self, rows: Rows, given: tuple[Tensor, ...]) -> Tensor:
         """Each branch on its rows, put back in order."""
@@ -92,6 +126,15 @@ class Switch(nn.Module):
         return "tasks: " + ", ".join(self._modules)
 
 
+@contextmanager
+def _restored(slot: Slot, branch: nn.Module | None, rows: Rows | None) -> Iterator[None]:
+    before = slot.choose(branch, rows)
+    try:
+        yield
+    finally:
+        slot.restore(before)
+
+
 def _check_rows(switch: Switch, rows: Rows, x: Tensor) -> None:
     if x.shape[0] != rows.numbers.shape[0]:
         path = switch.adaptergraph_path
@@ -108,4 +151,12 @@ def _not_chosen(switch: Switch) -> GraphError:
         node=switch.adaptergraph_path,
         sides=[("tasks", ", ".join(switch._modules))],
         hint='model(…, task="…"), or with ag.task(model, "…"), or ag.set_task(model, "…")',
+    )
+
+
+def _not_known(switch: Switch) -> GraphError:
+    return GraphError(
+        f"{switch.adaptergraph_path!r} runs in a backward pass, and which task it is to run is not known there",
+        node=switch.adaptergraph_path,
+        hint="do not compile what a checkpoint computes again; or call the model with task= inside the checkpoint",
     )

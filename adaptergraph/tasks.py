@@ -16,7 +16,7 @@ from .graph import Graph
 from .hosted import host, plan_of
 from .names import body_name
 from .sites import attachment, graph_of
-from .switch import Rows, Switch
+from .switch import Chosen, Rows, Switch
 
 # ---------------------------------------------------------------------- choosing
 
@@ -24,8 +24,9 @@ from .switch import Rows, Switch
 def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[None]:
     """In this `with` block and thread, the model runs this task, or one task for each row of the batch.
 
-    It changes what runs, not what is trained, and goes before `set_task`. The backward of a model that computes parts
-    of its forward again (checkpointing) belongs into the block.
+    It changes what runs, not what is trained, and goes before `set_task`. What a checkpoint computes again in the
+    backward runs the task that it ran in the forward, also after the block and in another thread; only where a
+    checkpoint is around a part that is compiled by itself, the backward belongs into the block.
 
     Args:
         model: a compiled model with a `Switch`.
@@ -54,17 +55,16 @@ class _Chosen(AbstractContextManager[None]):
 
     def __init__(self, choices: list[tuple[Switch, nn.Module | Rows]]) -> None:
         self.choices = choices
-        self.before: list[list[tuple[nn.Module | None, Rows | None]]] = []
+        self.before: list[list[Chosen]] = []
 
     def __enter__(self) -> None:
+        pairs = [(None, c) if isinstance(c, Rows) else (c, None) for _, c in self.choices]
         slots = [switch.adaptergraph_slot for switch, _ in self.choices]
-        self.before.append([(slot.branch, slot.rows) for slot in slots])
-        for slot, (_, choice) in zip(slots, self.choices, strict=True):
-            slot.branch, slot.rows = (None, choice) if isinstance(choice, Rows) else (choice, None)
+        self.before.append([slot.choose(*pair) for slot, pair in zip(slots, pairs, strict=True)])
 
     def __exit__(self, *_: object) -> None:
-        for (switch, _choice), (branch, rows) in zip(self.choices, self.before.pop(), strict=True):
-            switch.adaptergraph_slot.branch, switch.adaptergraph_slot.rows = branch, rows
+        for (switch, _choice), before in zip(self.choices, self.before.pop(), strict=True):
+            switch.adaptergraph_slot.restore(before)
 
 
 def set_task(model: nn.Module, task: str | None) -> nn.Module:

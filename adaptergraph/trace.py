@@ -392,6 +392,10 @@ class _Finish:
             for param in record.params:
                 if param.rpartition(".")[0] != record.path or record.kind == "op":
                     self.readers.setdefault(param, record.name)
+        outputs = self.outputs()
+        for made in (made for calls in self.recorder.calls.values() for made in calls if made is not None):
+            for _, value in made.inputs:
+                self.edge(*value)
         imported = Imported(
             cls=type(self.model).__name__,
             modules={p: self.module(p, m) for p, m in self.model.named_modules()},
@@ -403,7 +407,7 @@ class _Finish:
             given=self.given,
             host=self.model,
         )
-        return Graph._of(nodes=self.nodes, outputs=self.outputs(), imported=imported).check()
+        return Graph._of(nodes=self.nodes, outputs=outputs, imported=imported).check()
 
     def name(self, record: Record) -> None:
         if record.kind == "module":

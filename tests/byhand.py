@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,7 +103,8 @@ def count_calls(adapted: nn.Module) -> dict[str, list[int]]:
     counts: dict[str, list[int]] = {}
     for name, body in ag.graph_of(adapted).bodies.items():
         counts[name] = [0, 0]
-        for i, module in enumerate((adapted.get_submodule(body.host), adapted.get_submodule(name))):
+        host = re.split("[@/:]", body.host)[0]
+        for i, module in enumerate((adapted.get_submodule(host), adapted.get_submodule(name))):
             module.register_forward_pre_hook(_counter(counts[name], i))
     return counts
 

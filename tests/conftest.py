@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import CASES, Case, snapshot
+from models import CASES, MORE, Case, snapshot
 from torch import nn
 
 import adaptergraph as ag
@@ -36,7 +36,7 @@ def traced(zoo: dict[str, Traced]) -> Iterator[Callable[[str], Traced]]:
 
     def get(name: str) -> Traced:
         if name not in zoo:
-            case = CASES[name]
+            case = (CASES | MORE)[name]
             model = case.model()
             args, kwargs = case.args()
             zoo[name] = Traced(case, model, ag.trace(model, *args, **kwargs))

@@ -139,6 +139,36 @@ def mixtral() -> nn.Module:
     )
 
 
+def mamba() -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=WIDTH, state_size=4, num_hidden_layers=2, expand=2))
+
+
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=40,
+            d_model=WIDTH,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=20,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=39,
+            decoder_start_token_id=2,
+        )
+    )
+
+
 def t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -179,6 +209,10 @@ def pairs() -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def images() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (), {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def sounds() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": torch.randint(3, 39, (2, 5))}
 
 
 # ---------------------------------------------------------------------- torch alone
@@ -282,6 +316,53 @@ def stack() -> nn.Module:
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
+
+
+class Tagger(nn.Module):
+    """A recurrent layer with three outputs, two of which are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, WIDTH)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        states, (last, cell) = self.lstm(self.embed(ids))
+        return {"tags": self.head(self.norm(states) + last[-1][:, None]), "cell": cell}
+
+
+class Residual(nn.Module):
+    """A layer of `ConvNet`: its sum is read by a norm and by the next sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(2, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(2, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv1(torch.relu(self.norm1(x)))
+        return x + self.conv2(torch.relu(self.norm2(x)))
+
+
+class ConvNet(nn.Module):
+    """Convolutions in plain torch, with sums inside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList([Residual(8), Residual(8)])
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.stem(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean((2, 3)))
 
 
 def plain_call() -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -417,6 +498,55 @@ CASES = {
     )
 }
 
+
+# for the matrix of kinds only
+MORE = {
+    case.name: case
+    for case in (
+        Case(
+            "mixtral",
+            mixtral,
+            plain_ids,
+            ("model.layers.*.self_attn.o_proj", "model.layers.*.mlp"),
+            "model.layers.0",
+            "model",
+            "model.norm.weight",
+            generates=True,
+            hidden=True,
+        ),
+        Case(
+            "mamba",
+            mamba,
+            plain_ids,
+            ("backbone.layers.*.mixer.out_proj",),
+            "backbone.layers.0",
+            "backbone",
+            "backbone.norm_f.weight",
+            hidden=True,
+        ),
+        Case(
+            "whisper",
+            whisper,
+            sounds,
+            ("**.{self_attn,encoder_attn}.out_proj", "**.fc2"),
+            "model.decoder.layers.0",
+            "model.encoder",
+            "model.decoder.layer_norm.weight",
+            generates=True,
+            hidden=True,
+        ),
+        Case(
+            "tagger",
+            Tagger,
+            lambda: ((torch.randint(0, 20, (2, 6)),), {}),
+            ("lstm", "norm"),
+            "norm",
+            "lstm",
+            "head.bias",
+        ),
+        Case("convnet", ConvNet, images, ("layers.*.conv2",), "layers.0", "layers.1", "head.bias"),
+    )
+}
 
 # ---------------------------------------------------------------------- what a model is, to the last bit
 
