@@ -13,7 +13,9 @@ import inspect
 import operator
 import textwrap
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,7 @@ class Program:
         positional: the parameters that may be given by position.
         parameters: all that the code takes, in its order.
         takes_more: further keyword arguments go to the children that the forward gives them to.
+        settings: plain attributes of the module that the code was lowered with.
         graphs: the code in eval and in training.
     """
 
@@ -65,15 +68,19 @@ class Program:
         positional: tuple[str, ...],
         parameters: tuple[Parameter, ...],
         takes_more: bool,
+        settings: Mapping[str, Any],
         graphs: Mapping[bool, fx.Graph],
     ) -> None:
         self.positional = positional
         self.parameters = parameters
         self.takes_more = takes_more
+        self.settings = dict(settings)
         self.graphs = dict(graphs)
         self.functions = {mode: _function(graph) for mode, graph in self.graphs.items()}
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for name, value in self.settings.items():
+            same(module.__dict__.get(name), value, f"the attribute {name!r}")
         if len(args) > len(self.positional):
             raise GraphError(f"{len(args)} arguments by position, where {len(self.positional)} are taken")
         given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
@@ -89,7 +96,7 @@ class Program:
         return self
 
     def __reduce__(self) -> Any:
-        return Program, (self.positional, self.parameters, self.takes_more, self.graphs)
+        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.graphs)
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
@@ -148,30 +155,40 @@ class _Proxy(fx.Proxy):
             if name == "dtype":
                 asked: Any = fx.Proxy.__getattr__(self, name)
                 self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
-            return getattr(value, name)
+            return self.dim() if name == "ndim" else getattr(value, name)
         if value is None:
             raise Unlowered(f"a function that it calls asks for the {name} of {self.node.name!r}, which is None")
         return super().__getattr__(name)
 
     def dim(self) -> int:
         """The number of dimensions, which no call may change."""
-        return self.tracer.values[self.node].dim()  # type: ignore[attr-defined]
+        asked: Any = self.tracer.create_proxy("call_method", "dim", (self,), {})
+        return self.counted(asked, f"the number of dimensions of {self.node.name}")
+
+    def counted(self, asked: Any, what: str) -> int:
+        """A whole number that the code checks in each call."""
+        value = self.tracer.values[asked.node]  # type: ignore[attr-defined]
+        self.tracer.checked(asked.node, value, what)  # type: ignore[attr-defined]
+        return value
 
     def __iter__(self) -> Iterator[Any]:
         value = self.tracer.values[self.node]  # type: ignore[attr-defined]
         if isinstance(value, tuple | list | torch.Size):
-            return iter([operator.getitem(self, i) for i in range(len(value))])
+            return iter([operator.getitem(self, i) for i in range(self.__len__())])
         return super().__iter__()
 
     def __len__(self) -> int:
         value = self.tracer.values[self.node]  # type: ignore[attr-defined]
         if isinstance(value, tuple | list | torch.Size):
-            return len(value)
+            asked: Any = self.tracer.create_proxy("call_function", len, (self,), {})
+            return self.counted(asked, f"the length of {self.node.name}")
         raise Unlowered("it asks for the length of a value")
 
 
 class _Tracer(fx.Tracer):
     """Follows a forward with stand-ins while it computes what they stand for, and says which operation each call is."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, module: nn.Module, values: Mapping[str, Any], fixed: Mapping[str, Any], more: bool) -> None:
         super().__init__()
@@ -187,7 +204,10 @@ class _Tracer(fx.Tracer):
 
     def follow(self, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
         self.forward = forward
-        graph = self.trace(module)
+        self.owned = {id(t) for t in (*module.parameters(), *module.buffers())}
+        with torch.enable_grad(), _Unseen(self):
+            self.around = _context()
+            graph = self.trace(module)
         graph._tracer_cls = None
         return graph
 
@@ -206,12 +226,17 @@ class _Tracer(fx.Tracer):
         return (lambda root: self.forward(root, **given, **extra)), [self.root]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.aside() or not any(isinstance(v, fx.Proxy) for v in _flat((args, kwargs))):
+        if self.aside():
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         return attr_val if self.aside() else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and id(a) not in self.owned and a not in self.tensor_attrs:
+            raise Unlowered("it reads a tensor that belongs to no module")
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -230,9 +255,12 @@ class _Tracer(fx.Tracer):
         if kind == "placeholder":
             self.values[node] = {} if target == _MORE else self.given[target]
         elif kind != "output":
+            if not self.running and _context() != self.around:
+                raise Unlowered("it runs a part of itself without gradients, or in another precision")
             self.running = True
             try:
-                self.values[node] = self.value(node)
+                with torch.no_grad():
+                    self.values[node] = self.value(node)
             finally:
                 self.running = False
         return node
@@ -286,14 +314,28 @@ class _Named(TorchFunctionMode):
         return result
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, dict):
-        yield from _flat([*value.values()])
-    else:
-        yield value
+class _Unseen(TorchFunctionMode):
+    """Lets operations that read no stand-in be a part of the code too: on buffers, of new and of random tensors."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        found = any(issubclass(t, fx.Proxy) for t in types)
+        if found or self.tracer.aside() or func.__name__ == "__get__" or func.__module__ == "torch._C":
+            return func(*args, **given)
+        if torch.overrides.is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", func.__name__, args, given)
+        return self.tracer.create_proxy("call_function", func, args, given)
+
+
+def _context() -> tuple[Any, ...]:
+    """What a `with` block around a part of a forward would change."""
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting
 
 
 def _is_plain(value: Any) -> bool:
@@ -332,18 +374,67 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
+    read = _names(inspect.unwrap(forward).__code__, type(module))
+    settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and _is_plain(v)}
     fixed |= {n: ... for n in source.handed if values.get(n) is not None}
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
     was = module.training
     graphs = {}
     try:
-        for mode in (False, True) if source.trains else (False,):
+        for mode in (False, True):
             module.training = mode
-            graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
+            with _unchanged(module):
+                graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
     finally:
         module.training = was
-    return Program(positional, parameters, rest is not None, {True: graphs[False], **graphs})
+    return Program(positional, parameters, rest is not None, settings, graphs)
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Gives a module back as it was: attributes, and what its buffers hold.
+
+    Raises:
+        Unlowered: its forward leaves something on it or on a module inside.
+    """
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    before = [(vars(m), dict(vars(m))) for m in module.modules()]
+    left: set[str] = set()
+    try:
+        yield
+    finally:
+        for number, (state, known) in enumerate(before):
+            changed = [n for n, v in state.items() if n not in known or known[n] is not v]
+            left.update(n for n in changed if (number == 0 and n != "training") or isinstance(state[n], fx.Proxy))
+            if changed:
+                state.clear()
+                state.update(known)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+    if left:
+        raise Unlowered(f"it sets the attribute {min(left)!r}")
+
+
+def _names(code: types.CodeType, cls: type) -> set[str]:
+    """The attributes that a function reads, and the methods of a class that it calls."""
+    waiting, found = [code], set[str]()
+    while waiting:
+        part = waiting.pop()
+        waiting += [c for c in part.co_consts if isinstance(c, types.CodeType)]
+        for name in set(part.co_names) - found:
+            found.add(name)
+            member = inspect.getattr_static(cls, name, None)
+            member = member.fget if isinstance(member, property) else member
+            if isinstance(member, types.FunctionType) and member not in vars(nn.Module).values():
+                waiting.append(inspect.unwrap(member).__code__)
+    return found
+
+
+# what changes from call to call and cannot be seen in the arguments
+_ASKS = ("is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled")
+_KINDS = ("isinstance", "is_tensor", "type", "hasattr")
 
 
 class _Source:
@@ -351,7 +442,6 @@ class _Source:
 
     Attributes:
         asked: names that it compares with None.
-        trains: whether it may look at the mode, itself or in another method.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -362,15 +452,26 @@ class _Source:
         # what may be compared with None: here, or in a function that it is handed to
         self.asked: set[str] = set()
         self.handed: set[str] = set()
-        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in ("self", "super")]
-        own = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-        read = [n.attr for n in own if n.value.id == "self"]  # type: ignore[attr-defined]
-        methods = any(inspect.isroutine(getattr(type(module), name, None)) for name in read)
-        self.trains = "training" in read or methods or len(names) != len(read)
+        arguments: ast.arguments = tree.body[0].args  # type: ignore[attr-defined]
+        own, rest = arguments.args[0].arg if arguments.args else "", arguments.kwarg and arguments.kwarg.arg
+        handed_on = {id(k.value) for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if not k.arg}
         for node in ast.walk(tree):
             if isinstance(node, ast.With):
                 raise Unlowered("it runs a part of itself in a `with` block")
+            if isinstance(node, ast.Name) and node.id == rest and id(node) not in handed_on:
+                raise Unlowered("it looks at its further keyword arguments")
+            if isinstance(node, ast.Attribute):
+                if node.attr in _ASKS:
+                    raise Unlowered(f"it asks {node.attr!r}")
+                if node.attr == "training" and not (isinstance(node.value, ast.Name) and node.value.id == own):
+                    raise Unlowered("it asks for the mode of another module")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+                called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+                if called in _KINDS and any(isinstance(a, ast.Name) and a.id != own for a in node.args):
+                    raise Unlowered(f"it asks for the kind of a value: {called}")
             if isinstance(node, ast.Compare) and any(isinstance(o, ast.Is | ast.IsNot) for o in node.ops):
+                if not any(isinstance(n, ast.Constant) for n in (node.left, *node.comparators)):
+                    raise Unlowered("it asks whether two values are the same object")
                 self.asked |= {n.id for n in (node.left, *node.comparators) if isinstance(n, ast.Name)}
             if isinstance(node, ast.Call) and not _is_own(node.func):
                 given = (*node.args, *(k.value for k in node.keywords))
@@ -396,7 +497,10 @@ def _followed(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            expected = forward(module, **_own(values))
+            with _unchanged(module):
+                expected = forward(module, **_own(values))
+        except Unlowered:
+            raise
         except Exception as error:
             raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
         torch.manual_seed(0)

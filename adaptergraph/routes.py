@@ -159,8 +159,11 @@ class _Routes:
             return self.at_operation(read)
         label = body.host.partition(":")[2]
         call = self.imported.call(scope)
-        path = next(p for own, _, p in call.parts if own == label) if label else call.path
-        return [Spot(scope, "exit", path)]
+        if label:
+            return [Spot(scope, "exit", next(p for own, _, p in call.parts if own == label))]
+        # a value that is returned in several places is replaced in all of them
+        further = [p for _, node, p in call.parts if node == call.output and p != call.path]
+        return [Spot(scope, "exit", p) for p in (call.path, *further)]
 
     def at_operation(self, value: str) -> list[Spot]:
         """Where an operation's value can be replaced for all that read it."""

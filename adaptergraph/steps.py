@@ -134,6 +134,11 @@ def _put(out: Any, path: Path, value: Any) -> Any:
     if isinstance(out, tuple):
         items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
         return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+    if type(out) is dict:
+        # the module may keep what it returned
+        return {**out, key: new}
+    if type(out) is list:
+        return [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
     if isinstance(key, str) and key.startswith("."):
         if out.__dataclass_params__.frozen:
             return dataclasses.replace(out, **{key[1:]: new})
