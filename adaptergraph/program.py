@@ -377,6 +377,9 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     read = _names(inspect.unwrap(forward).__code__, type(module))
     settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and _is_plain(v)}
     fixed |= {n: ... for n in source.handed if values.get(n) is not None}
+    if any(values.get(n, ...) is not None for n in source.kinds):
+        raise Unlowered("it asks for the kind of a value: isinstance or the like")
+    fixed |= dict.fromkeys(source.kinds)
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
     was = module.training
@@ -452,6 +455,7 @@ class _Source:
         # what may be compared with None: here, or in a function that it is handed to
         self.asked: set[str] = set()
         self.handed: set[str] = set()
+        self.kinds: list[str] = []
         arguments: ast.arguments = tree.body[0].args  # type: ignore[attr-defined]
         own, rest = arguments.args[0].arg if arguments.args else "", arguments.kwarg and arguments.kwarg.arg
         handed_on = {id(k.value) for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if not k.arg}
@@ -467,8 +471,8 @@ class _Source:
                     raise Unlowered("it asks for the mode of another module")
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
                 called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-                if called in _KINDS and any(isinstance(a, ast.Name) and a.id != own for a in node.args):
-                    raise Unlowered(f"it asks for the kind of a value: {called}")
+                if called in _KINDS and node.args and not _is_own(node.args[0]):
+                    self.kinds.append(node.args[0].id if isinstance(node.args[0], ast.Name) else "")
             if isinstance(node, ast.Compare) and any(isinstance(o, ast.Is | ast.IsNot) for o in node.ops):
                 if not any(isinstance(n, ast.Constant) for n in (node.left, *node.comparators)):
                     raise Unlowered("it asks whether two values are the same object")

@@ -107,6 +107,19 @@ class Kind(Block):
         return h + self.last(h * mask if isinstance(mask, Tensor) else h)
 
 
+class Masked(Kind):
+    """Gives the mask itself, in a block of its own."""
+
+    at = "0.inner/add"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Kind()
+
+    def forward(self, x):
+        return self.inner(x, torch.ones_like(x))
+
+
 class Same(Block):
     def forward(self, x, y=None):
         h = x + self.fc(x)
@@ -195,7 +208,7 @@ def test_a_call_that_would_go_another_way_is_refused(cls, change, what):
         (Decorated, "it runs a part of itself without gradients, or in another precision"),
         (Helper, "it runs a part of itself without gradients, or in another precision"),
         (Further, "it looks at its further keyword arguments"),
-        (Kind, "it asks for the kind of a value: isinstance"),
+        (Masked, "it asks for the kind of a value: isinstance"),
         (Same, "it asks whether two values are the same object"),
         (Leaves, "it sets the attribute 'kept'"),
         (Drops, "it branches on what a value is"),
@@ -209,6 +222,15 @@ def test_a_forward_that_cannot_be_followed_is_refused_and_left_alone(cls, why):
         graph.compile(inplace=True)
     for name, module in base.named_modules():
         assert all(before[name].get(k) is v for k, v in vars(module).items()), name
+
+
+def test_the_kind_of_an_argument_that_was_none_is_checked_in_each_call():
+    base = nn.Sequential(Kind(), nn.Linear(8, 8)).eval()
+    x = torch.ones(2, 5, 8)
+    model = ag.trace(base, x).splice("0/add", ag.Bottleneck(2)).compile()
+    assert torch.equal(model(x), base(x))
+    with pytest.raises(ag.GraphError, match="the argument 'mask' is"):
+        model[0](x, mask=torch.ones_like(x))
 
 
 def test_lowering_leaves_buffers_as_they_were():
