@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from . import frames
 from .errors import BadSplice, GraphError
 from .frames import Key, Token
-from .program import PLAN, Program
+from .program import PLAN, SELF, Program
 from .steps import Visit, at_entry, at_exit
 
 # a forward on the instance that takes the place of the class's own; one around ours stays where it is, at "forward"
@@ -231,7 +231,7 @@ def hosted_class(cls: Any, mixin: type = object) -> type:
         return (_remade, (make, args, mixin), *rest)
 
     members = {"forward": forward, "train": train, "__setattr__": set_attribute, "__delattr__": delete_attribute}
-    members |= {"__reduce_ex__": reduce_ex, **_containers(cls)}
+    members |= {"__reduce_ex__": reduce_ex, SELF: property(lambda self: self), **_containers(cls)}
     members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     bases = (cls,) if mixin is object else (cls, mixin)
     hosted: Any = types.new_class(cls.__name__, bases, exec_body=lambda space: space.update(members))

@@ -46,6 +46,14 @@ def starts_of(graph: Graph, at: Selector, source: Source | None) -> dict[str, st
         for first, last in zip(firsts, lasts, strict=True):
             for host in (first, last):
                 refuse(graph, host, "after", source)
+            if "/" in first or last.startswith(first + "."):
+                what = "an operation, which has no input of its own" if "/" in first else "around its end"
+                raise BadSplice(
+                    f"the span starts at {first!r}, which is {what}",
+                    node=first,
+                    source=source,
+                    hint="start it at the module whose input the body is to read",
+                )
             if rank[graph.calls_of(first)[0]] > rank[graph.calls_of(last)[0]]:
                 raise BadSplice(f"the span starts at {first!r}, which runs after its end", node=last, source=source)
             found[last] = first

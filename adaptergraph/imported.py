@@ -84,9 +84,9 @@ class Imported:
         if module is None or not name:
             return None
         head, slash, operation = part.partition("/")
-        call, _, label = head.partition(":")
+        call, colon, label = head.partition(":")
         index = call.removeprefix("@")
-        if call and (not index.isdecimal() or int(index) >= len(module.calls)):
+        if (colon and not label) or (call and index not in map(str, range(len(module.calls)))):
             return None
         numbers = [int(index)] if call else range(len(module.calls))
         if slash:

@@ -29,6 +29,8 @@ from .record import op_name, tensors, version
 from .steps import done
 
 PLAN = "_adaptergraph_plan"
+# on the swapped class: the module itself, for code that can only name its attributes
+SELF = "_adaptergraph_self"
 _MORE = "_adaptergraph_more"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
@@ -116,15 +118,16 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
 # ---------------------------------------------------------------------- what generated code calls
 
 
-def at_operation(plan: Any, slot: int, value: Tensor) -> Tensor:
+def at_operation(host: Any, slot: int, value: Tensor) -> Tensor:
     """The steps of a host at one operation of its forward."""
+    plan = host.__dict__[PLAN]
     visit = plan.visits[0]
     if plan.counter is not None:
         frame = frames.find(plan.token, plan.counter.hops)
         assert frame is not None
         visit = plan.visits[frame.counts[plan.counter.number] - 1]
     for step in visit.inside[slot]:
-        value = done(step.owner, plan.token, step, value, (), {})
+        value = done(host, plan.token, step, value, (), {})
     return value
 
 
@@ -592,8 +595,8 @@ def _stop(graph: fx.Graph, tracer: _Tracer, operations: Mapping[str, int]) -> No
         if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
             raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
         with graph.inserting_after(node):
-            plan = graph.create_node("get_attr", PLAN)
-        with graph.inserting_after(plan):
-            stop = graph.create_node("call_function", at_operation, (plan, slot, node))
+            host = graph.create_node("get_attr", SELF)
+        with graph.inserting_after(host):
+            stop = graph.create_node("call_function", at_operation, (host, slot, node))
         for user in [u for u in node.users if u is not stop]:
             user.replace_input_with(node, stop)

@@ -229,7 +229,7 @@ class _Routes:
         spot, *more = self.spots(body, index)
         owner = path_of(body.host)
         reads = tuple(self.argument(spot, v) or self.from_frame(v, spot.scope) for v in self.outside(body, index))
-        own = owner if spot.kind == "inside" or owner != path_of(spot.scope) else None
+        own = owner if owner != path_of(spot.scope) else None
         self.add(Act(spot, body.child, own, reads, gives=written))
         for other in more:
             self.add(Act(other, fill=self.from_frame(written, other.scope)))

@@ -751,6 +751,18 @@ SPLICES = [
         ANY,
     ),
     (
+        lambda: traced().splice(ag.span("/add", "other"), ag.Bottleneck(2, parallel=True)),
+        B,
+        "the span starts at '/add', which is an operation, which has no input of its own",
+        "start it at the module whose input the body is to read",
+    ),
+    (
+        lambda: traced().splice("fc@00", ag.Bottleneck(2)),
+        U,
+        "'fc@00' is no node of this graph",
+        ANY,
+    ),
+    (
         lambda: ag.span("fc", 2),
         G,
         "span takes the names or patterns of two hosts, not 2",

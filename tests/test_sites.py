@@ -245,3 +245,19 @@ def test_a_value_that_a_module_leaves_for_others_is_no_place():
     reads = graph.splice("fc", lambda site: site.output + ag.dense(site.graph[inner], 4))
     with pytest.raises(ag.BadSplice, match="is computed inside a module without modules, where it cannot be read"):
         reads.compile()
+
+
+def test_a_replica_runs_its_own_body_at_an_operation(traced):
+    graph = traced("llama").graph
+    layer = randomise(graph.splice("model.layers.*/add", METHOD).compile()).model.layers[0]
+    replica = layer._replicate_for_data_parallel()
+    replica._modules = dict(layer._modules)
+    replica._modules["adapter_add"] = nn.Identity()
+    x = torch.randn(1, 3, 32)
+    position = torch.ones(1, 3, 8), torch.zeros(1, 3, 8)
+    given = {"attention_mask": None, "position_ids": None, "past_key_values": None, "position_embeddings": position}
+    with torch.no_grad():
+        middle = x + layer.self_attn(hidden_states=layer.input_layernorm(x), **given)[0]
+        expected = middle + layer.mlp(layer.post_attention_layernorm(middle))
+        torch.testing.assert_close(replica(x, **given), expected)
+        assert not torch.allclose(layer(x, **given), expected)
