@@ -20,6 +20,7 @@ format: .venv/ready
 
 # torch first and by itself: anything that depends on it would otherwise bring the CUDA build
 .venv/ready: pyproject.toml constraints.txt
+	@echo "setting up .venv: a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
