@@ -86,25 +86,23 @@ def test_a_decoder_that_is_called_by_itself_cannot_read_from_the_encoder(traced,
     same(run(model, case), run(hand, case))
 
 
-@pytest.mark.parametrize(
-    ("name", "operation", "why"),
-    [
-        ("gpt2", "transformer.h.0.attn/split", "the operation 'split' gives several values in it"),
-        (
-            "t5",
-            "encoder.block.0.layer.0.SelfAttention/reshape",
-            "a function that it calls asks for the dtype of 'mask', which is None",
-        ),
-    ],
-)
-def test_operations_that_cannot_be_reached_are_refused_with_the_reason(name, operation, why):
-    case = ALL[name]
+def test_operations_that_cannot_be_reached_are_refused_with_the_reason():
+    case = ALL["t5"]
     _, kwargs = case.args()
+    operation = "encoder.block.0.layer.0.SelfAttention/reshape"
     graph = ag.trace(case.model(), **kwargs, use_cache=False).splice(operation, ag.Bottleneck(4))
     with pytest.raises(ag.BadSplice, match="cannot be reached") as error:
         graph.compile()
-    assert why in str(error.value)
+    assert "it asks for the kind of a value: isinstance or the like" in str(error.value)
     assert operation.partition("/")[0] in str(error.value)
+
+
+def test_an_operation_that_gives_several_values_is_no_host():
+    case = ALL["gpt2"]
+    _, kwargs = case.args()
+    graph = ag.trace(case.model(), **kwargs, use_cache=False)
+    with pytest.raises(ag.BadSplice, match="gives several values, of which none is its own"):
+        graph.splice("transformer.h.0.attn/split", ag.Bottleneck(4))
 
 
 def test_a_lowered_forward_refuses_a_call_without_an_argument_that_functions_ask_after():
