@@ -6,6 +6,7 @@ from .branches import load_branch
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
 from .fit import fit
 from .graph import Diff, Graph
+from .hosting.sites import detach, graph_of
 from .layers import *  # noqa: F403
 from .layers import __all__ as _layers
 from .methods import Bottleneck, Fusion, Stack, Sum, Switch
@@ -13,9 +14,8 @@ from .node import Node
 from .places import places
 from .plan import plan_table
 from .select import Selection, span
-from .sites import detach, graph_of
+from .splicing.surgery import Site
 from .storage import adapter_state, apply, load, save
-from .surgery import Site
 from .tasks import set_task, task
 from .trace import trace
 

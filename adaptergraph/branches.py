@@ -12,8 +12,8 @@ from .bodies import Splice
 from .errors import GraphError, here, suggestion
 from .exchange import SpliceText, method_from_json
 from .graph import Graph
+from .hosting.sites import graph_of
 from .names import body_name
-from .sites import graph_of
 from .state import load_values
 from .storage import HostText, _check_host, _files, _mismatch, _without_splices
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .errors import GraphError, here
 from .graph import Graph
+from .hosting.sites import attach, check_host
 from .lower import lower
-from .sites import attach, check_host
 from .state import load_values, shared_copy, values_from
 from .tasks import give_tasks, has_switch, only_task
 

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .errors import GraphError, here
 from .exchange import dtype_from
 from .graph import Graph
+from .hosting.sites import attach
 from .layers.table import OPS, runnable
 from .lower import lower
 from .node import Node, Param, format_shape
 from .shapes import Value, quiet
-from .sites import attach
 from .state import shared_copy
 from .trace import _Faker, _holds
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
-from .draft import in_order, map_outputs
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
 from .graph import Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
-from .surgery import is_foreign, made
+from .splicing.draft import in_order, map_outputs
+from .splicing.surgery import is_foreign, made
 
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from .batches import check_batch, loader, rows, windows
 from .errors import GraphError, here
-from .sites import graph_of
+from .hosting.sites import graph_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,13 +341,13 @@ class Graph(Verbs):
         >>> list(graph.splice("fc", ag.Bottleneck(2)))
         ['x', 'fc', 'fc.adapter.down', 'fc.adapter.act', 'fc.adapter.up', 'fc.adapter.residual', 'relu_0']
         """
-        from .surgery import splice
+        from .splicing.surgery import splice
 
         return splice(self, at, method, name, where)
 
     def unsplice(self, at: Selector = "**") -> Graph:
         """Takes bodies out again; `at` names bodies or their hosts. `graph.splice(…).unsplice() == graph`."""
-        from .unsplice import unsplice
+        from .splicing.unsplice import unsplice
 
         return unsplice(self, at)
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .collect import sizes_of_optional
-from .draft import map_outputs
 from .errors import GraphError, ShapeMismatch
 from .graph import Graph
-from .hosted import add_child, keep_frozen_statistics, refuse_host
+from .hosting.hosted import add_child, keep_frozen_statistics, refuse_host
 from .layers.initializers import initialise
 from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
 from .shapes import Value, uncollected
+from .splicing.draft import map_outputs
 from .switch import Switch
 
 HALF = (torch.float16, torch.bfloat16)

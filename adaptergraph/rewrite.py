@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from .collect import refuse_taken, unnamed
-from .draft import map_outputs
 from .edit import _declared, _inputs_first, _pruned, _refuse_adapted
 from .errors import BadSplice, GraphError, ShapeMismatch, Source, here
 from .graph import Graph
 from .names import check_name
 from .node import Node, format_shape
-from .surgery import is_foreign, made
+from .splicing.draft import map_outputs
+from .splicing.surgery import is_foreign, made
 
 
 def map_nodes(graph: Graph, fn: Callable[[Node], Node]) -> Graph:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraphError, StateMismatch, here, nearest
-from .hosted import parts_of
+from .hosting.hosted import parts_of
 
 _SHARED = "_adaptergraph_shared"
 

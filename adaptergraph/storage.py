@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .errors import GraphError, StateMismatch, here, nearest
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .graph import Graph
-from .hosts import hosts_of
+from .hosting.sites import attachment, graph_of
 from .names import body_name
-from .sites import attachment, graph_of
+from .splicing.hosts import hosts_of
 from .state import load_values
 from .trace import trace
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import frames
 from .errors import GraphError
+from .hosting import frames
 
 
 @dataclass(frozen=True, slots=True)

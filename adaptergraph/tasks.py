@@ -13,9 +13,9 @@ from torch import nn
 
 from .errors import GraphError, here, suggestion
 from .graph import Graph
-from .hosted import host, plan_of
+from .hosting.hosted import host, plan_of
+from .hosting.sites import attachment, graph_of
 from .names import body_name
-from .sites import attachment, graph_of
 from .switch import Chosen, Rows, Switch
 
 # ---------------------------------------------------------------------- choosing

@@ -85,7 +85,7 @@ class Verbs:
 
     def get_output_shape(self: Any) -> Any:
         """The shape of the output; for several, the shapes in the structure of `outputs`."""
-        from .draft import map_outputs
+        from .splicing.draft import map_outputs
 
         return map_outputs(self.outputs, {name: self._nodes[name].shape for name in self.output_names()})
 

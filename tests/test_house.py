@@ -18,11 +18,7 @@ FLOORS = {
     "bodies": 1,
     "graph": 1,
     "collect": 1,
-    "scopes": 1,
-    "hosts": 1,
-    "draft": 1,
-    "surgery": 1,
-    "unsplice": 1,
+    "splicing": 1,
     "edit": 1,
     "rewrite": 1,
     "verbs": 1,
@@ -33,14 +29,8 @@ FLOORS = {
     "methods": 3,
     "trace": 4,
     "record": 4,
-    "frames": 4,
-    "steps": 4,
-    "program": 4,
-    "hosted": 4,
-    "examples": 4,
-    "routes": 4,
+    "hosting": 4,
     "lower": 4,
-    "sites": 4,
     "state": 4,
     "switch": 4,
     "tasks": 4,
@@ -69,9 +59,20 @@ UPWARD = {
 }
 
 THIRD_PARTY = {
-    "torch": {"names", "shapes", "layers", "trace", "hosted", "lower", "sites", "state", "compiler", "exchange"}
-    | {"storage", "batches", "fit", "surgery", "record", "cost"}
-    | {"switch", "tasks", "branches", "frames", "steps", "program", "examples", "routes"},
+    "torch": {
+        "names",
+        "splicing",
+        "shapes",
+        "layers",
+        "trace",
+        "record",
+        "hosting",
+        "lower",
+        "state",
+        "switch",
+        "tasks",
+    }
+    | {"compiler", "exchange", "storage", "branches", "cost", "batches", "fit"},
     "networkx": {"graph"},
     "pydantic": {"methods", "exchange"},
     "safetensors": {"storage", "state"},

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import pytest
 
 import adaptergraph as ag
-import adaptergraph.draft
 import adaptergraph.lower
 import adaptergraph.node
 import adaptergraph.rewrite
+import adaptergraph.splicing.draft
 
 
 def chain(count):
@@ -56,9 +56,9 @@ VISITS = [
     (adaptergraph.node.Node, "param_names", lambda g: g.freeze().trained),
     (adaptergraph.lower, "_made", lambda g: g.compile(device="meta")),
     (adaptergraph.lower, "_call", lambda g: g.compile(device="meta")),
-    (adaptergraph.draft.Draft, "repoint", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
-    (adaptergraph.draft.Draft, "add", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
-    (adaptergraph.draft, "replace", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.splicing.draft.Draft, "repoint", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.splicing.draft.Draft, "add", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
+    (adaptergraph.splicing.draft, "replace", lambda g: g.splice("fc.*", ag.Bottleneck(2))),
     (adaptergraph.rewrite._Draft, "keep", lambda g: g.map_nodes(lambda n: n)),
     (adaptergraph.rewrite._Draft, "put", lambda g: g.rewrite_nodes(lambda n: lambda i, o: ag.tanh(o))),
     (adaptergraph.node.Node, "same", lambda g: g.splice("fc.*", ag.Bottleneck(2)).unsplice() == g),
@@ -85,7 +85,7 @@ def test_visits_grow_with_the_nodes(owner, name, verb, monkeypatch):
 
 def test_a_chain_of_bodies_at_one_host_is_linear(monkeypatch):
     calls = Counter()
-    original = adaptergraph.draft.replace
+    original = adaptergraph.splicing.draft.replace
 
     def counted(*args, **kwargs):
         calls[size] += 1
@@ -96,6 +96,6 @@ def test_a_chain_of_bodies_at_one_host_is_linear(monkeypatch):
         for i in range(size // 10):
             graph = graph.splice("fc.0", ag.Bottleneck(2), name=f"a{i}")
         with monkeypatch.context() as patched:
-            patched.setattr(adaptergraph.draft, "replace", counted)
+            patched.setattr(adaptergraph.splicing.draft, "replace", counted)
             graph.splice("fc.0", ag.Bottleneck(2), name="last")
     assert calls[100] <= calls[10] + 12

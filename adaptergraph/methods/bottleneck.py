@@ -13,7 +13,7 @@ from ..errors import GraphError, here
 from ..layers.making import check_rate
 from ..layers.table import check_activation
 from ..node import Node
-from ..surgery import Site
+from ..splicing.surgery import Site
 from .base import method
 
 PositiveInt = Annotated[int, Field(gt=0)]

@@ -19,7 +19,7 @@ from ..layers.calls import check_rate
 from ..layers.initializers import INITIALIZERS
 from ..names import check_name
 from ..node import Node, format_shape
-from ..surgery import Site, made
+from ..splicing.surgery import Site, made
 from .base import method
 
 

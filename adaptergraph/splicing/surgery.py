@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from .bodies import Body, Splice
-from .collect import unnamed
+from ..bodies import Body, Splice
+from ..collect import unnamed
+from ..errors import BadSplice, GraphError, ShapeMismatch, Source, here
+from ..graph import Graph
+from ..names import body_name, check_name, path_of
+from ..node import EMPTY, Node, format_shape
+from ..select import Selector, Span, entries_of
 from .draft import Draft, in_order
-from .errors import BadSplice, GraphError, ShapeMismatch, Source, here
-from .graph import Graph
 from .hosts import hosts_of, starts_of
-from .names import body_name, check_name, path_of
-from .node import EMPTY, Node, format_shape
-from .select import Selector, Span, entries_of
 
 WHERE = ("after", "around", "before")
 HALF = (torch.float16, torch.bfloat16)

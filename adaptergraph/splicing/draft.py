@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .bodies import Body
-from .collect import refuse_taken
-from .errors import BadSplice, Source
-from .graph import Graph
-from .node import Node
+from ..bodies import Body
+from ..collect import refuse_taken
+from ..errors import BadSplice, Source
+from ..graph import Graph
+from ..node import Node
 from .scopes import Scopes
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from .errors import GraphError
+from ..errors import GraphError
 
 
 class Token:

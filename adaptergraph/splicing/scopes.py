@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-from .bodies import Body
-from .graph import Graph
-from .names import path_of
-from .node import Node
+from ..bodies import Body
+from ..graph import Graph
+from ..names import path_of
+from ..node import Node
 
 
 class Scopes:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .collect import remaining
+from ..collect import remaining
+from ..errors import BadSplice, GraphError, Source, UnknownNode, here
+from ..graph import Graph, leaves
+from ..node import Node
+from ..select import Selection, Selector, entries_of, match
 from .draft import map_outputs
-from .errors import BadSplice, GraphError, Source, UnknownNode, here
-from .graph import Graph, leaves
-from .node import Node
-from .select import Selection, Selector, entries_of, match
 
 
 def unsplice(graph: Graph, at: Selector) -> Graph:

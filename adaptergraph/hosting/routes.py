@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .bodies import Body
-from .draft import Draft
-from .errors import BadSplice, here
+from ..bodies import Body
+from ..errors import BadSplice, here
+from ..graph import Graph, leaves
+from ..imported import Path
+from ..names import path_of
+from ..node import Node
+from ..splicing.draft import Draft
 from .frames import Key
-from .graph import Graph, leaves
-from .imported import Path
-from .names import path_of
-from .node import Node
 from .steps import Argument, Step, Visit
 
 

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bodies import Body
-from .errors import BadSplice, GraphError, StateMismatch, here
+from ..bodies import Body
+from ..errors import BadSplice, GraphError, StateMismatch, here
+from ..graph import Graph
+from ..lower import CompiledGraph, body_graph, lower
+from ..names import path_of
+from ..node import Param
+from ..switch import Switch
 from .examples import arguments_of
 from .frames import Token
-from .graph import Graph
 from .hosted import (
     add_child,
     has_other_class,
@@ -26,12 +30,9 @@ from .hosted import (
     refuse_host,
     unhost,
 )
-from .lower import CompiledGraph, body_graph, lower
-from .names import path_of
-from .node import Param
-from .program import Program, Unlowered, lowered
+from .lowering import lowered
+from .program import Program, Unlowered
 from .routes import routes_of
-from .switch import Switch
 
 _ATTACHED = "_adaptergraph"
 

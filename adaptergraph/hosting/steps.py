@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import GraphError
+from ..imported import Path
 from . import frames
-from .errors import GraphError
 from .frames import Key, Token
-from .imported import Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .imported import Imported
+from ..imported import Imported
+from ..record import Recorder
+from ..trace import recorded
 from .program import Other
-from .record import Recorder
-from .trace import recorded
 
 
 @dataclass(frozen=True, slots=True)

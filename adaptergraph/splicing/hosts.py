@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import BadSplice, Source
-from .graph import Graph
-from .names import path_of
-from .select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
+from ..errors import BadSplice, Source
+from ..graph import Graph
+from ..names import path_of
+from ..select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
 
 NO_PLACE = ("input", "output", "param", "constant")
 

@@ -19,8 +19,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..errors import BadSplice, GraphError
 from . import frames
-from .errors import BadSplice, GraphError
 from .frames import Key, Token
 from .program import PLAN, SELF, Program
 from .steps import Visit, at_entry, at_exit

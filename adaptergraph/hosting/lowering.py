@@ -1,0 +1,205 @@
+"""The forward of one module written down as code that stops at some of its operations. Floor 4.
+
+Before the code is used it is run beside the module's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..record import tensors
+from .following import MORE, Tracer, is_plain
+from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
+from .source import Source, names
+
+
+def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs: Any) -> Program:
+    """The forward of a module as code that stops at operations of it.
+
+    Args:
+        module: not hosted yet.
+        operations: the operations by their name in the module's own forward, and the number each is called by.
+        args, kwargs: of a call of the module, with real tensors; on meta only shapes are compared.
+
+    Raises:
+        Unlowered: it cannot be followed, or what it computes is not what the module computes.
+    """
+    forward = type(module).forward
+    signature = inspect.signature(forward)
+    source = Source(module, inspect.unwrap(forward))
+    kinds = {p.name: p.kind for p in list(signature.parameters.values())[1:]}
+    if inspect.Parameter.VAR_POSITIONAL in kinds.values():
+        raise Unlowered("it takes any number of arguments by position")
+    bound = signature.bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    values = dict(list(bound.arguments.items())[1:])
+    rest = next((n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD), None)
+    more = values.pop(rest) if rest else {}
+    for name, value in values.items():
+        if isinstance(value, Other) and name in source.asked:
+            raise Unlowered(f"it asks whether {name!r} is None, which is a {value.kind} that cannot be made again")
+    values = {n: None if isinstance(v, Other) else v for n, v in values.items()}
+    more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
+    defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
+    fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
+    read = names(inspect.unwrap(forward).__code__, type(module))
+    settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and is_plain(v)}
+    fixed |= {n: ... for n in source.handed if values.get(n) is not None}
+    if any(values.get(n, ...) is not None for n in source.kinds):
+        raise Unlowered("it asks for the kind of a value: isinstance or the like")
+    fixed |= dict.fromkeys(source.kinds)
+    parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
+    positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
+    was = module.training
+    graphs = {}
+    try:
+        for mode in (False, True):
+            module.training = mode
+            with _unchanged(module):
+                graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
+    finally:
+        module.training = was
+    return Program(positional, parameters, rest is not None, settings, graphs)
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Gives a module back as it was: attributes, and what its buffers hold.
+
+    Raises:
+        Unlowered: its forward leaves something on it or on a module inside.
+    """
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    before = [(vars(m), dict(vars(m))) for m in module.modules()]
+    left: set[str] = set()
+    try:
+        yield
+    finally:
+        for number, (state, known) in enumerate(before):
+            changed = [n for n, v in state.items() if n not in known or known[n] is not v]
+            left.update(n for n in changed if (number == 0 and n != "training") or isinstance(state[n], fx.Proxy))
+            if changed:
+                state.clear()
+                state.update(known)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+    if left:
+        raise Unlowered(f"it sets the attribute {min(left)!r}")
+
+
+def _followed(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    values: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    more: bool,
+    operations: Mapping[str, int],
+) -> fx.Graph:
+    tracer = Tracer(module, copy.copy(values), fixed, more)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            with _unchanged(module):
+                expected = forward(module, **_own(values))
+        except Unlowered:
+            raise
+        except Exception as error:
+            raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
+        torch.manual_seed(0)
+        tracer.given = _own(values)
+        try:
+            graph = tracer.follow(module, forward)
+        except Unlowered:
+            raise
+        except Exception as error:
+            raise Unlowered(f"it cannot be followed: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    output = next(n for n in graph.nodes if n.op == "output")
+    _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
+    _guard(graph, {n for n, v in tracer.given.items() if v is not None} - set(fixed))
+    _hand_on(graph)
+    _stop(graph, tracer, operations)
+    graph.lint()
+    return graph
+
+
+def _own(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in tensors of their own, which a forward may write to."""
+    clone = lambda v: v.clone() if isinstance(v, Tensor) else v  # noqa: E731
+    return {n: tuple(map(clone, v)) if type(v) is tuple else clone(v) for n, v in values.items()}
+
+
+def _compare(expected: Any, found: Any) -> None:
+    """Whether lowered code computes what the module computes, bit for bit."""
+    _refuse_kind(expected)
+    one, two = list(tensors(expected)), list(tensors(found))
+    if [p for p, _ in one] != [p for p, _ in two]:
+        raise Unlowered("the code returns another structure than it does")
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        if a.shape != b.shape or (not a.is_meta and not torch.equal(a.nan_to_num(), b.nan_to_num())):
+            raise Unlowered("the code computes something else than it does")
+
+
+def _refuse_kind(value: Any) -> None:
+    """Generated code returns plain containers only."""
+    if isinstance(value, Mapping | tuple | list) and type(value) not in (tuple, list, dict):
+        raise Unlowered(f"it returns a {type(value).__name__}, which code cannot write down")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ():
+        _refuse_kind(part)
+
+
+def _guard(graph: fx.Graph, given: set[str]) -> None:
+    """Where an argument goes to a function and not to children alone, a call without it takes another way."""
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in arguments:
+        if node.target in given and any(user.op != "call_module" for user in node.users):
+            with graph.inserting_after(arguments[-1]):
+                what: Any = (node, ..., f"the argument {node.target!r}")
+                graph.create_node("call_function", same, what, {})
+
+
+def _hand_on(graph: fx.Graph) -> None:
+    """Further keyword arguments go where the forward gives its own."""
+    more = next(n for n in graph.nodes if n.op == "placeholder")
+    for node in list(graph.nodes):
+        if MORE not in node.kwargs:
+            continue
+        kwargs = {k: v for k, v in node.kwargs.items() if k != MORE}
+        if node.op != "call_module":
+            raise Unlowered("it gives its further keyword arguments to a function")
+        with graph.inserting_before(node):
+            child = graph.create_node("get_attr", node.target)
+            call = graph.create_node("call_function", call_with, (child, more, *node.args), kwargs)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    if len(more.users) != sum(n.target is call_with for n in graph.nodes):
+        raise Unlowered("it looks at its further keyword arguments")
+
+
+def _stop(graph: fx.Graph, tracer: Tracer, operations: Mapping[str, int]) -> None:
+    """Hands the values of some operations over to the steps of the host."""
+    for name, slot in operations.items():
+        node = tracer.operations.get(name)
+        if (
+            node is None
+            or node.op not in ("call_function", "call_method")
+            or list(tracer.operations.values()).count(node) != 1
+        ):
+            raise Unlowered(f"the operation {name!r} is a part of something larger in it")
+        if not isinstance(tracer.values[node], Tensor):
+            raise Unlowered(f"the operation {name!r} gives several values in it")
+        if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
+            raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
+        with graph.inserting_after(node):
+            host = graph.create_node("get_attr", SELF)
+        with graph.inserting_after(host):
+            stop = graph.create_node("call_function", at_operation, (host, slot, node))
+        for user in [u for u in node.users if u is not stop]:
+            user.replace_input_with(node, stop)

@@ -1,0 +1,133 @@
+"""The lowered forward of one module, and what its code calls. Floor 4.
+
+`self` is the module itself in that code, so that children, keys, hooks and mode are what they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import GraphError
+from . import frames
+from .steps import done
+
+PLAN = "_adaptergraph_plan"
+# on the swapped class: the module itself, for code that can only name its attributes
+SELF = "_adaptergraph_self"
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
+class Unlowered(Exception):
+    """Why a forward cannot be lowered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """An argument that is neither a tensor nor a plain value, such as a cache: only its kind is known."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a lowered forward."""
+
+    name: str
+    default: Any = inspect.Parameter.empty
+
+
+class Program:
+    """The lowered forward of a module, in both modes; equal programs share their functions.
+
+    Attributes:
+        positional: the parameters that may be given by position.
+        parameters: all that the code takes, in its order.
+        takes_more: further keyword arguments go to the children that the forward gives them to.
+        settings: plain attributes of the module that the code was lowered with.
+        graphs: the code in eval and in training.
+    """
+
+    def __init__(
+        self,
+        positional: tuple[str, ...],
+        parameters: tuple[Parameter, ...],
+        takes_more: bool,
+        settings: Mapping[str, Any],
+        graphs: Mapping[bool, fx.Graph],
+    ) -> None:
+        self.positional = positional
+        self.parameters = parameters
+        self.takes_more = takes_more
+        self.settings = dict(settings)
+        self.graphs = dict(graphs)
+        self.functions = {mode: _function(graph) for mode, graph in self.graphs.items()}
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for name, value in self.settings.items():
+            same(module.__dict__.get(name), value, f"the attribute {name!r}")
+        if len(args) > len(self.positional):
+            raise GraphError(f"{len(args)} arguments by position, where {len(self.positional)} are taken")
+        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        flat = [given.pop(p.name, p.default) for p in self.parameters]
+        for parameter, value in zip(self.parameters, flat, strict=True):
+            if value is inspect.Parameter.empty:
+                raise GraphError(f"the argument {parameter.name!r} is not given")
+        if given and not self.takes_more:
+            raise GraphError(f"there is no argument {next(iter(given))!r}")
+        return self.functions[module.training](module, given, *flat)
+
+    def __deepcopy__(self, memo: Any) -> Program:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.graphs)
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """The generated function; one for all graphs of the same code."""
+    code = graph.python_code("self")
+    key = code.src + "".join(sorted(f"{k}:{id(v)}" for k, v in code.globals.items()))
+    if key not in _FUNCTIONS:
+        empty = fx.Graph()
+        empty.output(None)
+        carrier = fx.GraphModule(nn.Module(), empty, "Program")
+        carrier._graph = graph
+        carrier.recompile()
+        _FUNCTIONS[key] = type(carrier).forward
+    return _FUNCTIONS[key]
+
+
+# ---------------------------------------------------------------------- what generated code calls
+
+
+def at_operation(host: Any, slot: int, value: Tensor) -> Tensor:
+    """The steps of a host at one operation of its forward."""
+    plan = host.__dict__[PLAN]
+    visit = plan.visits[0]
+    if plan.counter is not None:
+        frame = frames.find(plan.token, plan.counter.hops)
+        assert frame is not None
+        visit = plan.visits[frame.counts[plan.counter.number] - 1]
+    for step in visit.inside[slot]:
+        value = done(host, plan.token, step, value, (), {})
+    return value
+
+
+def call_with(module: Any, more: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a child with what the host was given beside the arguments it names."""
+    return module(*args, **kwargs, **more)
+
+
+def same(value: Any, traced: Any, what: str) -> None:
+    """Refuses a call that would take another way through the forward than the one that was lowered."""
+    if (value is None) != (traced is None) or (traced is not None and traced is not ... and value != traced):
+        raise GraphError(
+            f"{what} is {value!r} here, but the forward was lowered for {'a value' if traced is ... else repr(traced)}",
+            hint="trace the model with the arguments that it is called with now, or splice at a module instead of an "
+            "operation",
+        )
