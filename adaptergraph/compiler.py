@@ -13,7 +13,7 @@ from .graph import Graph
 from .hosting.sites import attach, check_host
 from .lower import lower
 from .state import load_values, shared_copy, values_from
-from .tasks import give_tasks, has_switch, only_task
+from .tasks import give_tasks, has_switch, only_task, refuse_tasks
 
 
 def compile_graph(
@@ -37,6 +37,8 @@ def compile_graph(
     )
     if has_switch(graph):
         give_tasks(model)
+    else:
+        refuse_tasks(model)
     if isinstance(state, str | os.PathLike):
         load_values(model, values_from(state), repr(os.fspath(state)), _needed(graph))
     elif state is not None:

@@ -17,7 +17,7 @@ from .bodies import Body, Splice
 from .collect import Code
 from .errors import GraphError, here, suggestion
 from .graph import Graph
-from .imported import Call, Imported, Module
+from .imported import Aside, Call, Imported, Module
 from .layers.table import OPS, runnable
 from .lower import HALF
 from .methods import METHODS
@@ -107,6 +107,7 @@ class ImportedText(Strict):
     tied: dict[Name, Name] = {}
     readers: dict[Name, Name] = {}
     scopes: dict[Name, str] = {}
+    asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
     example: dict[str, dict[str, Any]] | None = None
 
 
@@ -271,6 +272,7 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
         "tied": dict(imported.tied),
         "readers": dict(imported.readers),
         "scopes": dict(imported.scopes),
+        "asides": [(a.scope, a.at, a.value, a.reader, a.whole) for a in imported.asides],
         "example": imported.example,
     }
 
@@ -437,5 +439,6 @@ def _imported_from_json(data: ImportedText) -> Imported:
         tied=data.tied,
         readers=data.readers,
         scopes=data.scopes,
+        asides=tuple(Aside(*a) for a in data.asides),
         example=data.example,
     )

@@ -43,6 +43,26 @@ class Module:
 
 
 @dataclass(frozen=True, slots=True)
+class Aside:
+    """A value that came to its reader past a module: one that the module kept on an attribute, say, and returned too.
+
+    Attributes:
+        scope: the call past which it came.
+        at: past its `"entry"` or its `"exit"`.
+        value: the node that the value is; None where any body there would change what is read in a way that no edge can
+            say: of memory that somebody wrote into, and of what a call was given and kept.
+        reader: the node that reads it, or a call that is given or returns it; `""` is the model's own.
+        whole: the reader is a node, to which the value comes in no other way.
+    """
+
+    scope: str
+    at: str
+    value: str | None
+    reader: str
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Imported:
     """The model an imported graph was traced from.
 
@@ -53,6 +73,7 @@ class Imported:
         tied: further names of tied parameters, and the first name of each.
         readers: for a parameter that no module of its own reads, the node that does.
         scopes: for each node the call whose forward runs it, as `path` or `path@1`.
+        asides: which values came to their readers past the entry or exit of a module.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
         given: the arguments of the traced call themselves; None for a graph from a file.
@@ -65,6 +86,7 @@ class Imported:
     tied: Mapping[str, str] = field(default_factory=dict)
     readers: Mapping[str, str] = field(default_factory=dict)
     scopes: Mapping[str, str] = field(default_factory=dict)
+    asides: tuple[Aside, ...] = ()
     example: Any = None
     given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)
@@ -96,6 +118,10 @@ class Imported:
         if not label:
             return tuple(c.output for c in calls if c.output) if path else None
         return tuple(node for c in calls for own, node, _ in c.parts if own == label) or None
+
+    def past(self, scope: str, at: str, value: str) -> list[Aside]:
+        """Who reads a value past the entry or exit of a call."""
+        return [a for a in self.asides if a.scope == scope and a.at == at and a.value in (value, None)]
 
     def around(self, scope: str) -> Iterator[str]:
         """A call, the call that made it, and so on up to the model's own, which is `""`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import threading
 import weakref
@@ -17,10 +18,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from .ways import NOTHING, Passed, Ways
+
+_numbers = itertools.count()
+
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """One event: an input, an operation, or a call of a module without children."""
+    """One event: an input, an operation, or a call of a module without children.
+
+    `past` says which of the values that it reads came to it past entries and exits of modules.
+    """
 
     kind: str
     op: str
@@ -32,6 +40,8 @@ class Record:
     outs: dict[Any, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     into: Record | None = None
     name: str = ""
+    past: list[tuple[tuple[Record, Any], frozenset[Passed]]] = field(default_factory=list)
+    number: int = field(default_factory=_numbers.__next__)
 
     def final(self) -> Record:
         """The event this one is a part of, or itself."""
@@ -54,12 +64,14 @@ class _Frame:
     path: str
     index: int
     scope: str
+    outer: _Frame | None = None
     versions: dict[int, int] = field(default_factory=dict)
-    given: list[Tensor] = field(default_factory=list)
     reads: list[Any] = field(default_factory=list)
+    past: list[Any] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
-    handed_on: dict[int, Any] = field(default_factory=dict)
+    returned: dict[int, Tensor] = field(default_factory=dict)
+    number: int = field(default_factory=_numbers.__next__)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +98,8 @@ class Recorder:
         self.storages: dict[int, list[Tensor]] = {}
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
+        self.ways = Ways()
+        self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
@@ -98,7 +112,7 @@ class Recorder:
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
         refs = [weakref.ref(t) for t in self.alive]
-        self.alive, self.storages, self.values, self.parameters = [], {}, {}, {}
+        self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
         # the frames of its traceback hold tensors
         self.failed = None
         return refs
@@ -121,7 +135,14 @@ class Recorder:
 
     def bind(self, tensor: Tensor, record: Record, key: Any) -> None:
         """From now on this tensor is what the event gave."""
-        self.values[id(tensor)] = (record, key)
+        self.stand_for(tensor, (record, key), self.frames[-1])
+
+    def stand_for(
+        self, tensor: Tensor, value: tuple[Record, Any], frame: _Frame, past: frozenset[Passed] = NOTHING
+    ) -> None:
+        """From now on this tensor is this value, in this call."""
+        self.values[id(tensor)] = value
+        self.ways.give(tensor, frame, past)
         self.alive.append(tensor)
         self.storages.setdefault(_storage(tensor), []).append(tensor)
 
@@ -146,9 +167,10 @@ class Recorder:
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
                 self.enter(module, args, kwargs)
+                own_args, own_kwargs = self.given(args, kwargs)
             depth = len(self.frames)
             try:
-                output = forward(*args, **kwargs)
+                output = forward(*own_args, **own_kwargs)
             except BaseException as error:
                 # the caller may go on without it
                 if self.failed is None or self.failed[0] is not error:
@@ -169,22 +191,45 @@ class Recorder:
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
+        caller = self.frames[-1]
         given = [t for _, t in tensors((args, kwargs))]
-        reads = [origin for t in given if (origin := self.origin(t, self.frames[-1])) is not None]
-        versions = {id(t): version(t) for t in given}
-        self.frames.append(_Frame(path, index, f"{path}@{index}" if index else path, versions, given, reads))
+        reads = [(origin, self.past(t, caller)) for t in given if (origin := self.origin(t, caller)) is not None]
+        frame = _Frame(path, index, f"{path}@{index}" if index else path, caller)
+        frame.versions = {id(t): version(t) for t in given}
+        frame.reads = [origin for origin, _ in reads]
+        frame.past = [(origin, past) for origin, past in reads if past]
+        self.frames.append(frame)
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of the call that has begun, with tensors of its own as a body before it would give them."""
+        frame = self.frames[-1]
+        assert frame.outer is not None
+        caller, own = frame.outer, dict[int, Tensor]()
+
+        def fresh(value: Any) -> Any:
+            known = isinstance(value, Tensor) and id(value) in self.values
+            if not known or not value.dtype.is_floating_point or not _can_be_viewed(value):
+                return value
+            known_as, past = self.values[id(value)], self.past(value, caller)
+            self.claims.append((frame.scope, known_as, past))
+            if id(value) not in own:
+                own[id(value)] = new = value.view_as(value)
+                self.stand_for(new, known_as, frame, past)
+            return own[id(value)]
+
+        return tuple(map(fresh, args)), {name: fresh(value) for name, value in kwargs.items()}
 
     def own(self, output: Any) -> Any:
-        """What a module returns, with tensors of its own where it hands on what it was given."""
-        frame = self.frames[-1]
-        given = {id(t) for t in frame.given}
+        """What a module returns, with tensors of its own: those that it keeps are others than those that it returns."""
+        frame, own = self.frames[-1], dict[int, Tensor]()
 
         def fresh(tensor: Tensor) -> Tensor:
-            if id(tensor) not in given or self.made_in(tensor, frame):
+            if not _can_be_viewed(tensor):
                 return tensor
-            new = tensor.view_as(tensor)
-            frame.handed_on[id(new)] = self.values.get(id(tensor))
-            return new
+            if id(tensor) not in own:
+                own[id(tensor)] = new = tensor.view_as(tensor)
+                frame.returned[id(new)] = tensor
+            return own[id(tensor)]
 
         self.paused = True
         output = replaced(output, fresh)
@@ -201,44 +246,78 @@ class Recorder:
         else:
             caller.records += frame.records
             for _, tensor in outs:
-                if id(tensor) not in self.values:
-                    self.passed_on(tensor, frame, caller)
+                self.returns(tensor, frame, caller)
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
 
+    def returns(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
+        """A call with calls inside returned a tensor."""
+        if id(tensor) in self.values and id(tensor) not in frame.returned:
+            return
+        inner = frame.returned.get(id(tensor), tensor)
+        if not self.made_in(inner, frame):
+            self.passed_on(tensor, frame, caller)
+            return
+        value, past = self.values[id(inner)], self.past(inner, frame)
+        self.stand_for(tensor, value, caller, past)
+        self.claims.append((frame.scope, value, past))
+
     def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
         """Whether an event inside this call gave the tensor."""
         value = self.values.get(id(tensor))
-        return value is not None and any(value[0] is r for r in frame.records)
+        return value is not None and value[0].number > frame.number
 
     def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
         record.reads += frame.reads
+        record.past += frame.past
         for inner in frame.records:
-            record.reads += [read for read in inner.reads if read[0] not in frame.records]
+            record.reads += [read for read in inner.reads if read[0].number < frame.number]
+            record.past += [(read, past) for read, past in inner.past if read[0].number < frame.number]
             record.params.update(inner.params)
+        for _, tensor in outs:
+            self.reads(record, frame.returned.get(id(tensor), tensor), frame)
         for inner in frame.records:
             inner.into = record
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            inner = frame.returned.get(id(tensor), tensor)
+            if self.made_in(inner, frame):
+                # the module may keep it
+                self.values[id(inner)] = (record, path)
             self.bind(tensor, record, path)
         return record
 
     def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
         """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
         record = Record("op", "identity", frame.scope)
-        if id(tensor) in self.parameters:
-            record.params[self.parameters[id(tensor)]] = None
-        elif frame.handed_on.get(id(tensor)) is not None:
-            record.reads = [frame.handed_on[id(tensor)]]
-        elif self.made_unseen(tensor):
+        inner = frame.returned.get(id(tensor), tensor)
+        if id(inner) in self.parameters:
+            record.params[self.parameters[id(inner)]] = None
+        elif id(inner) in self.values:
+            self.reads(record, inner, frame)
+        elif self.made_unseen(inner):
             record.op, record.reads = "unseen", self.earlier(frame)
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
+
+    def past(self, tensor: Tensor, reader: _Frame) -> frozenset[Passed]:
+        """The entries and exits of modules past which a tensor came to the call that reads it."""
+        value = self.values.get(id(tensor))
+        return NOTHING if value is None else self.ways.past(tensor, reader, value[0].number)
+
+    def reads(self, record: Record, tensor: Tensor, frame: _Frame) -> None:
+        """An event in a call reads a tensor that was there before the call, or an operation any tensor."""
+        value = self.values.get(id(tensor))
+        if value is None or (record.kind == "module" and self.made_in(tensor, frame)):
+            return
+        record.reads.append(value)
+        if past := self.past(tensor, frame):
+            record.past.append((value, past))
 
     def origin(self, tensor: Tensor, frame: _Frame) -> Any:
         """The event that gave a tensor; None for one that was there before the run."""
@@ -293,9 +372,8 @@ class Recorder:
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         for tensor in given:
-            origin = self.origin(tensor, frame)
-            if origin is not None:
-                record.reads.append(origin)
+            if self.origin(tensor, frame) is not None:
+                self.reads(record, tensor, frame)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
 
@@ -307,7 +385,10 @@ class Recorder:
             outs = list(tensors(result))
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
-            self.bind(tensor, record, path)
+            if id(tensor) in self.values and any(tensor is t for t in mutated):
+                self.values[id(tensor)] = (record, path)
+            else:
+                self.bind(tensor, record, path)
         for number, tensor in enumerate(mutated):
             further = ("changed", number) if number else "changed"
             self.changed(tensor, record, next((p for p, t in outs if t is tensor), further))
@@ -319,19 +400,23 @@ class Recorder:
         record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
         if all(tensor is not t for t in self.storages.get(_storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
+        writer = self.frames[-1]
+        owner = self.ways.owner(tensor, writer)
+        keys = {_place(tensor): key}
         for number, alias in enumerate(self.storages[_storage(tensor)]):
-            old = self.values.get(id(alias))
-            if (old is not None and old[0] is record) or not _overlap(alias, tensor):
+            if not _overlap(alias, tensor):
                 continue
-            if _place(alias) == _place(tensor):
-                self.values[id(alias)] = (record, key)
+            self.ways.written(alias, owner, writer)
+            old, place = self.values.get(id(alias)), _place(alias)
+            if old is not None and old[0] is record:
                 continue
-            # another view: what was not written comes from the value that it had
-            if old is not None:
-                record.reads.append(old)
-            view = ("view", number)
-            record.outs[view] = (tuple(alias.shape), alias.dtype)
-            self.values[id(alias)] = (record, view)
+            if place is None or place not in keys:
+                # another view: what was not written comes from the value that it had
+                if old is not None:
+                    record.reads.append(old)
+                keys[place] = ("view", number)
+                record.outs[keys[place]] = (tuple(alias.shape), alias.dtype)
+            self.values[id(alias)] = (record, keys[place])
 
     def done(self, returned: Any) -> None:
         """The events of the whole run, and which of them give what the model returns."""
@@ -391,6 +476,10 @@ def version(tensor: Tensor) -> int:
     except RuntimeError:
         # an inference tensor counts none
         return 0
+
+
+def _can_be_viewed(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _storage(tensor: Tensor) -> int:
@@ -479,6 +568,12 @@ def replaced(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) in (list, dict):
+        # who made it may keep it
+        old = value.values() if type(value) is dict else value
+        items = [replaced(v, fn) for v in old]
+        same = all(a is b for a, b in zip(items, old, strict=True))
+        return value if same else dict(zip(value, items, strict=True)) if type(value) is dict else items
     if isinstance(value, list):
         value[:] = [replaced(v, fn) for v in value]
     elif isinstance(value, Mapping):

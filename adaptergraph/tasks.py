@@ -107,12 +107,16 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
 def _switches(model: nn.Module) -> list[Switch]:
     found = [m for m in model.modules() if isinstance(m, Switch)]
     if not found:
-        raise GraphError(
-            f"this {type(model).__name__} has no Switch, so there is no task to choose",
-            source=here(),
-            hint='graph.splice(at, ag.Switch({"a": …, "b": …}))',
-        )
+        raise _no_tasks(model)
     return found
+
+
+def _no_tasks(model: nn.Module) -> GraphError:
+    return GraphError(
+        f"this {type(model).__name__} has no Switch, so there is no task to choose",
+        source=here(),
+        hint='graph.splice(at, ag.Switch({"a": …, "b": …}))',
+    )
 
 
 def _choice(switch: Switch, task: Any) -> nn.Module | Rows:
@@ -189,6 +193,22 @@ def task_argument(model: nn.Module, given: dict[str, Any]) -> AbstractContextMan
     """Takes `task=` from the arguments of a call of the model."""
     chosen = given.pop("task", None)
     return nullcontext() if chosen is None else _chosen(model, chosen)
+
+
+def refuse_tasks(model: nn.Module) -> None:
+    """Lets a hosted model without a `Switch` refuse `task=` where its forward would swallow it without a word."""
+    record = attachment(model)
+    if record is None or not record.graph.bodies:
+        return
+    forwards = {id(vars(type(m)).get("forward", m)): m.forward for m in model.modules()}
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    if takes_more and not any("task" in inspect.signature(f).parameters for f in forwards.values()):
+        record.hooked.append(model.register_forward_pre_hook(_refuse_task, with_kwargs=True))
+
+
+def _refuse_task(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if "task" in kwargs:
+        raise _no_tasks(model)
 
 
 # ---------------------------------------------------------------------- graphs

@@ -9,7 +9,7 @@ import functools
 import gc
 import re
 import weakref
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import _lru_cache_wrapper
@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, here
 from .graph import Graph
-from .imported import Call, Imported, Module
+from .imported import Aside, Call, Imported, Module
 from .node import Node, Param
 from .record import Made, Operations, Record, Recorder, bound, tensors
 from .shapes import quiet
@@ -399,13 +399,15 @@ class _Finish:
         for made in (made for calls in self.recorder.calls.values() for made in calls if made is not None):
             for _, value in made.inputs:
                 self.edge(*value)
+        called = {p: self.module(p, m) for p, m in self.model.named_modules()}
         imported = Imported(
             cls=type(self.model).__name__,
-            modules={p: self.module(p, m) for p, m in self.model.named_modules()},
+            modules=called,
             params=params,
             tied=tied,
             readers=self.readers,
             scopes=self.scopes,
+            asides=tuple(self.asides()),
             example=self.example,
             given=self.given,
             host=self.model,
@@ -468,6 +470,29 @@ class _Finish:
     def is_read(self, record: Record, key: Any) -> bool:
         """Whether a value is a node already: the main output of one, or an output that something reads."""
         return (record.final() is record and key == record.main) or (record, key) in self.parts
+
+    def asides(self) -> Iterator[Aside]:
+        """What came to its reader past the entry or exit of a module that is given or returns it."""
+        known = [(scope, value) for scope, value, _ in self.recorder.claims]
+        given = [(scope, value, passed) for scope, value, past in self.recorder.claims for passed in sorted(past)]
+        ways = [(Counter(known), Counter(given))]
+        for record in self.recorder.root:
+            if record.past:
+                read = ((record.name, value, passed) for value, past in record.past for passed in sorted(past))
+                ways.append((Counter((record.name, value) for value in record.reads), Counter(read)))
+        for reads, past in ways:
+            for (reader, value, (scope, at, always)), times in past.items():
+                if self.is_read(*value) and self.may_stand(scope, at, always, value):
+                    whole = not always and times == reads[reader, value]
+                    yield Aside(scope, at, None if always else self.edge(*value), reader, whole)
+
+    def may_stand(self, scope: str, at: str, always: bool, value: tuple[Record, Any]) -> bool:
+        """Whether a body at this entry or exit replaces this value, or changes what is read all the same."""
+        path, _, index = scope.partition("@")
+        made = self.recorder.calls[path][int(index or 0)]
+        if always or made is None:
+            return always
+        return value in (v for _, v in (made.inputs if at == "entry" else made.parts))
 
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}

@@ -141,7 +141,8 @@ class Keeping(Recorder):
         super().enter(module, args, kwargs)
 
     def passed_on(self, tensor: Tensor, frame: Any, caller: Any) -> None:
-        held = self.holders.get(id(tensor), Outside(tensor))
+        inner = frame.returned.get(id(tensor), tensor)
+        held = self.holders.get(id(inner), Outside(inner))
         super().passed_on(tensor, frame, caller)
         record = caller.records[-1]
         if record.op == "unseen":

@@ -139,6 +139,49 @@ class Drops(Block):
         return h if torch.rand(()) > 1.0 - self.p * self.training else h + self.last(h)
 
 
+class Tries(Block):
+    def forward(self, x):
+        h = x + self.fc(x)
+        try:
+            return h + self.last(h) / self.p
+        except ZeroDivisionError:
+            return h
+
+
+class TriesInside(Block):
+    def safe(self, h):
+        try:
+            return self.last(h) / self.p
+        except ZeroDivisionError:
+            return h
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        return h + self.safe(h)
+
+
+class New(Block):
+    """Makes a tensor where its argument is."""
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        return h + self.last(h) * torch.arange(8, device=h.device)
+
+
+class Away(Block):
+    """Asks where its argument is."""
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        return h + self.last(h) if x.device.type == "cpu" else h
+
+
+class Fast(Block):
+    def forward(self, x):
+        h = x + self.fc(x)
+        return h if x.is_meta else h + self.last(h)
+
+
 class Writes(Block):
     def forward(self, x):
         self.scale.mul_(0.5)
@@ -163,7 +206,7 @@ def by_hand(base, x):
     return base(x)
 
 
-@pytest.mark.parametrize("cls", [Loop, Rank, Setting, Noise, Property])
+@pytest.mark.parametrize("cls", [Loop, Rank, Setting, Noise, Property, New, Away, Fast])
 @pytest.mark.parametrize("mode", [False, True])
 def test_lowered_forwards_equal_the_same_change_by_hand(cls, mode):
     base, model = compiled(cls)
@@ -192,6 +235,8 @@ def test_an_operation_on_a_buffer_is_counted_and_follows_the_buffer():
         (Loop, lambda m: m(torch.randn(2, 7, 8)), "the length of unbind is 7 here, but the forward was lowered for 5"),
         (Rank, lambda m: m(torch.randn(5, 8)), "the number of dimensions of x is 2 here"),
         (Setting, lambda m: (setattr(m[0], "sign", -1.0), m(torch.ones(2, 5, 8))), "the attribute 'sign' is -1.0 here"),
+        (Away, lambda m: m.to("meta")(torch.ones(2, 5, 8, device="meta")), "eq is False here, but the forward"),
+        (Fast, lambda m: m.to("meta")(torch.ones(2, 5, 8, device="meta")), " is True here, but the forward"),
     ],
 )
 def test_a_call_that_would_go_another_way_is_refused(cls, change, what):
@@ -212,6 +257,8 @@ def test_a_call_that_would_go_another_way_is_refused(cls, change, what):
         (Same, "it asks whether two values are the same object"),
         (Leaves, "it sets the attribute 'kept'"),
         (Drops, "it branches on what a value is"),
+        (Tries, "it goes another way where an error is raised, in a `try` block"),
+        (TriesInside, "it goes another way where an error is raised, in a `try` block"),
     ],
 )
 def test_a_forward_that_cannot_be_followed_is_refused_and_left_alone(cls, why):
@@ -222,6 +269,12 @@ def test_a_forward_that_cannot_be_followed_is_refused_and_left_alone(cls, why):
         graph.compile(inplace=True)
     for name, module in base.named_modules():
         assert all(before[name].get(k) is v for k, v in vars(module).items()), name
+
+
+def test_a_device_is_asked_for_in_each_call():
+    _, model = compiled(New)
+    found = model.to("meta")(torch.ones(2, 5, 8, device="meta"))
+    assert found.device.type == "meta"
 
 
 def test_the_kind_of_an_argument_that_was_none_is_checked_in_each_call():

@@ -17,7 +17,7 @@ from test_recompute import METHODS, called_twice
 from torch import nn
 
 import adaptergraph as ag
-from adaptergraph import frames
+from adaptergraph.hosting import frames
 
 GIVEN = {"input_ids": ids(), "use_cache": False}
 
@@ -329,6 +329,8 @@ def test_a_lowered_forward_called_with_something_else():
     refused(lambda: model(x, shift=shift, other=1), "there is no argument 'other'")
     refused(lambda: model.inner(x, shift, 2.0, 3), "4 arguments by position, where 3 are taken")
     refused(lambda: model.inner(shift=shift), "the argument 'x' is not given")
+    refused(lambda: model.inner(x, shift, shift=shift), "the argument 'shift' is given twice, by position and by name")
+    refused(lambda: model.inner(x, x=x, shift=shift), "the argument 'x' is given twice, by position and by name")
     model = byhand.randomise(ag.trace(base, x).splice("inner/mul", BODY).compile())
     assert torch.equal(model(x), host.fc(model.inner.adapter_mul(x * 2.0) + 1))
     refused(lambda: model(x, shift=shift), "the argument 'shift' is", "but the forward was lowered for None")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adaptergraph as ag
-from adaptergraph import frames
+from adaptergraph.hosting import frames
 
 WIDTH = 16
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -261,6 +261,64 @@ def test_eight_threads_with_different_tasks(bert):
     assert (len(done), wrong) == (400, [])
 
 
+class Swallowing(nn.Module):
+    """Takes whatever keyword arguments there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x, **kwargs):
+        return self.fc(x) * kwargs.get("scale", 1.0)
+
+
+class HandsOn(Swallowing):
+    """Hands them on to a module that has tasks of its own."""
+
+    class Own(nn.Module):
+        def forward(self, x, task="a"):
+            return -x if task == "b" else x
+
+    def __init__(self):
+        super().__init__()
+        self.own = self.Own()
+
+    def forward(self, x, **kwargs):
+        return self.own(self.fc(x), **kwargs)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_task_where_there_are_none_is_not_swallowed(inplace):
+    base, x = Swallowing(), torch.randn(2, 8)
+    expected = base(x, scale=3.0)
+    model = ag.trace(base, x).splice("fc", B(2)).compile(inplace=inplace)
+    cls = type(model)
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ag.GraphError) as error:
+            again(x, task="sst2")
+        assert str(error.value).splitlines()[0] == "this Swallowing has no Switch, so there is no task to choose"
+        assert "ag.Switch(" in error.value.hint
+        # other keyword arguments are the host's own
+        assert torch.equal(again(x, scale=3.0), expected)
+    ag.detach(model)
+    assert type(model) is cls
+    assert torch.equal(model(x, task="sst2", scale=3.0), expected)
+
+
+def test_a_task_of_the_hosts_own_goes_where_it_went():
+    base, x = HandsOn(), torch.randn(2, 8)
+    model = ag.trace(base, x).splice("fc", B(2)).compile()
+    assert torch.equal(model(x, task="b"), base(x, task="b"))
+    assert not torch.equal(model(x), model(x, task="b"))
+
+
+def test_a_real_model_without_tasks(traced):
+    case, _, graph = traced("bert")
+    model = graph.splice(SITES, B(2)).compile()
+    with pytest.raises(ag.GraphError, match="has no Switch, so there is no task to choose"):
+        model(**case.args()[1], task="sst2")
+
+
 def test_detach_gives_the_root_its_class_back(traced):
     case, shared, graph = traced("bert")
     model = copy.deepcopy(shared)

@@ -21,11 +21,11 @@ MORE = "_adaptergraph_more"
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in that knows the value it stands for: of tensors the dtype, device and rank, of anything else all."""
+    """A stand-in that knows the value it stands for: of tensors the dtype and rank, of anything else all."""
 
     def __getattr__(self, name: str) -> Any:
         value = self.tracer.values[self.node]  # type: ignore[attr-defined]
-        if isinstance(value, Tensor) and name in ("dtype", "device", "ndim", "is_cuda", "is_meta", "layout"):
+        if isinstance(value, Tensor) and name in ("dtype", "ndim", "layout"):
             if name == "dtype":
                 asked: Any = fx.Proxy.__getattr__(self, name)
                 self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]

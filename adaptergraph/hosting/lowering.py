@@ -49,7 +49,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
-    read = names(inspect.unwrap(forward).__code__, type(module))
+    read = names(inspect.unwrap(forward), type(module))
     settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and is_plain(v)}
     fixed |= {n: ... for n in source.handed if values.get(n) is not None}
     if any(values.get(n, ...) is not None for n in source.kinds):

@@ -72,7 +72,10 @@ class Program:
             same(module.__dict__.get(name), value, f"the attribute {name!r}")
         if len(args) > len(self.positional):
             raise GraphError(f"{len(args)} arguments by position, where {len(self.positional)} are taken")
-        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        given = dict(zip(self.positional, args, strict=False))
+        if twice := given.keys() & kwargs.keys():
+            raise GraphError(f"the argument {min(twice)!r} is given twice, by position and by name")
+        given |= kwargs
         flat = [given.pop(p.name, p.default) for p in self.parameters]
         for parameter, value in zip(self.parameters, flat, strict=True):
             if value is inspect.Parameter.empty:

@@ -170,10 +170,11 @@ class _Routes:
         scope = self.imported.scopes[value]
         inside = [r for r in self.readers.get(value, ()) if self.scopes.within(self.home(r), scope)]
         ways = self.returned(value, scope)
-        if not inside and len(ways) == 1:
+        if not inside and len(ways) == 1 and not self.imported.past(scope, "exit", value):
             return [Spot(scope, "exit", ways[0])]
         given = [self.child_of(r, scope, value) for r in inside]
         whole = len(inside) == len(self.readers.get(value, ()))
+        whole = whole and not any(g and self.imported.past(g[0], "entry", value) for g in given)
         if not ways and inside and whole and value not in leaves(self.graph.outputs) and all(given):
             order = dict.fromkeys(g for g in given if g is not None)
             first = self.scopes.first
@@ -258,7 +259,7 @@ class _Routes:
         if spot.kind == "inside":
             return None
         for name, raw in self.imported.call(spot.scope).inputs:
-            if self.draft.seen(raw, spot.scope) == value:
+            if self.draft.seen(raw, spot.scope, spot.scope) == value:
                 return self.placed(spot.scope, name)
         return None
 
@@ -308,7 +309,7 @@ class _Routes:
         latest = min(self.scopes.first.get(r, 0) for r in self.wanted[value])
         for taker, argument in self.taken.get(value, ()):
             outside = self.imported.call(taker).caller
-            if self.scopes.first.get(taker, 0) <= latest and self.draft.seen(value, outside) == value:
+            if self.scopes.first.get(taker, 0) <= latest and self.draft.seen(value, outside, taker) == value:
                 return Spot(taker, "entry", argument)
         if node.op == "output":
             raise BadSplice(

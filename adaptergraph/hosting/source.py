@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -14,9 +16,13 @@ from torch import nn
 from .program import Unlowered
 
 
-def names(code: types.CodeType, cls: type) -> set[str]:
-    """The attributes that a function reads, and the methods of a class that it calls."""
-    waiting, found = [code], set[str]()
+def names(function: types.FunctionType, cls: type) -> set[str]:
+    """The attributes that a function reads, and the methods of a class that it calls.
+
+    Raises:
+        Unlowered: one of these methods catches errors.
+    """
+    waiting, found = [function.__code__], set[str]()
     while waiting:
         part = waiting.pop()
         waiting += [c for c in part.co_consts if isinstance(c, types.CodeType)]
@@ -25,8 +31,23 @@ def names(code: types.CodeType, cls: type) -> set[str]:
             member = inspect.getattr_static(cls, name, None)
             member = member.fget if isinstance(member, property) else member
             if isinstance(member, types.FunctionType) and member not in vars(nn.Module).values():
-                waiting.append(inspect.unwrap(member).__code__)
+                method = inspect.unwrap(member)
+                if _catches(method):
+                    raise Unlowered(CATCHES)
+                waiting.append(method.__code__)
     return found
+
+
+CATCHES = "it goes another way where an error is raised, in a `try` block"
+
+
+@functools.cache
+def _catches(function: types.FunctionType) -> bool:
+    """Whether a function has a `try` block; one without a source has none that can be seen."""
+    with suppress(OSError, TypeError, SyntaxError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return any(isinstance(node, ast.Try | ast.TryStar) for node in ast.walk(tree))
+    return False
 
 
 # what changes from call to call and cannot be seen in the arguments
@@ -56,6 +77,8 @@ class Source:
         for node in ast.walk(tree):
             if isinstance(node, ast.With):
                 raise Unlowered("it runs a part of itself in a `with` block")
+            if isinstance(node, ast.Try | ast.TryStar):
+                raise Unlowered(CATCHES)
             if isinstance(node, ast.Name) and node.id == rest and id(node) not in handed_on:
                 raise Unlowered("it looks at its further keyword arguments")
             if isinstance(node, ast.Attribute):

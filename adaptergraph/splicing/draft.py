@@ -37,7 +37,7 @@ class Draft:
         """What a value of a host becomes after the bodies that are at the host or inside it."""
 
         def below(body: Body, index: int) -> bool:
-            if body.where == "before":
+            if body.where == "before" or self.scopes.is_passed_by(body, index, value, scope):
                 return False
             if "/" in host:
                 return body.host == host
@@ -45,9 +45,10 @@ class Draft:
 
         return self._after(value, below)
 
-    def seen(self, value: str, view: str) -> str:
-        """What a value becomes for those who look from inside a call."""
-        return self._after(value, lambda body, index: self.scopes.replaces_at(body, index, view))
+    def seen(self, value: str, view: str, reader: str) -> str:
+        """What a value becomes for those who look from inside a call, where it is given to another call or the same."""
+        replaces, is_passed_by = self.scopes.replaces_at, self.scopes.is_passed_by
+        return self._after(value, lambda b, i: replaces(b, i, view) and not is_passed_by(b, i, value, reader))
 
     def _after(self, value: str, past: Callable[[Body, int], bool]) -> str:
         """A value after the bodies on it.

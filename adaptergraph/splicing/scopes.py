@@ -45,6 +45,10 @@ class Scopes:
         """The call at which the index-th copy of a body runs."""
         return body.host if self.imported is None else self.of_host(body.host)[index]
 
+    def of_body_node(self, node: Node) -> str:
+        """The call at which the body runs that a node belongs to."""
+        return self.of_body(self.bodies[node.body or ""], int((node.name or "").partition("@")[2] or 0))
+
     def home(self, node: Node) -> str:
         """The call that a host node is, or in which an operation or input of the model stands."""
         name = node.name or ""
@@ -71,6 +75,13 @@ class Scopes:
                 found[scope] = rank
         return found
 
+    def is_passed_by(self, body: Body, index: int, value: str, reader: str) -> bool:
+        """Whether a host's value came to a call that is given or returns it past the place of this body."""
+        if self.imported is None or "/" in body.host or not self.imported.asides:
+            return False
+        at = "entry" if body.where == "before" else "exit"
+        return any(a.reader == reader for a in self.imported.past(self.of_body(body, index), at, value))
+
     # ------------------------------------------------------------------ what is inside a host
 
     def replaces_at(self, body: Body, index: int, view: str) -> bool:
@@ -88,9 +99,7 @@ class Scopes:
             if self.imported is None and scope in self.graph:
                 return where == "before" and reader.path == scope
             return self.within(self.home(reader), scope)
-        body = self.bodies[reader.body]
-        index = int((reader.name or "").partition("@")[2] or 0)
-        own = self.of_body(body, index)
+        own = self.of_body_node(reader)
         # a body runs when its host does, around it: one at the same host sees the input that its host sees
-        same = where == "before" or "/" in body.host
+        same = where == "before" or "/" in self.bodies[reader.body].host
         return self.within(own, scope) and (own != scope or same)

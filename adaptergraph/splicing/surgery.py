@@ -12,6 +12,7 @@ from ..bodies import Body, Splice
 from ..collect import unnamed
 from ..errors import BadSplice, GraphError, ShapeMismatch, Source, here
 from ..graph import Graph
+from ..imported import Aside
 from ..names import body_name, check_name, path_of
 from ..node import EMPTY, Node, format_shape
 from ..select import Selector, Span, entries_of
@@ -173,7 +174,9 @@ class _Splicing:
                 new, written = self.again(first, value, inputs, index)
             for node in new:
                 draft.add(node, value)
-            draft.repoint(value, written, self.readers(scope, {node.name for node in new}), self.where != "before")
+            past = self.past(values[index], scope)
+            readers = self.readers(scope, {node.name for node in new}, past)
+            draft.repoint(value, written, readers, self.where != "before" and "" not in past)
             self.calls.append((value, written))
             self.late(scope, value, new)
             draft.bodies[self.body] = Body(self.body, host, self.where, tuple(self.calls))
@@ -200,14 +203,35 @@ class _Splicing:
         self.argument, node = main_input(self.host, self.where, inputs, result, self.source)
         return node.name or ""
 
-    def readers(self, scope: str, own: set[str | None]) -> Callable[[str], bool]:
+    def past(self, output: str, scope: str) -> set[str]:
+        """Who reads the host's value as it was before the body: it came to them past the host.
+
+        Raises:
+            BadSplice: not all of what they read is that value, so that the graph cannot say what they read.
+        """
+        imported, before = self.draft.graph.imported, self.where == "before"
+        if imported is None or "/" in self.host:
+            return set()
+        raw = dict(imported.call(scope).inputs)[self.argument] if before else output
+        asides = imported.past(scope, "entry" if before else "exit", raw)
+        for aside in asides:
+            if not aside.whole:
+                raise _aside(self.host, aside, raw, self.source)
+        return {aside.reader for aside in asides}
+
+    def readers(self, scope: str, own: set[str | None], past: set[str]) -> Callable[[str], bool]:
         """Which readers of the replaced value read the new one."""
         draft, before = self.draft, self.where == "before"
         if "/" in self.host:
             return lambda name: name not in own
 
         def wanted(name: str) -> bool:
-            return name not in own and before == draft.scopes.is_inside(draft.nodes[name], scope, self.where)
+            node = draft.nodes[name]
+            if name in own or name in past:
+                return False
+            if past and node.body is not None and draft.scopes.of_body_node(node) in past:
+                return False
+            return before == draft.scopes.is_inside(node, scope, self.where)
 
         return wanted
 
@@ -221,7 +245,7 @@ class _Splicing:
                 return EMPTY
             scopes = draft.scopes.of_host(host)
             scope = scopes[min(index, len(scopes) - 1)]
-            pairs = [(a, draft.seen(v, scope)) for a, v in graph.imported.call(scope).inputs]
+            pairs = [(a, draft.seen(v, scope, scope)) for a, v in graph.imported.call(scope).inputs]
         else:
             members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
             reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
@@ -357,6 +381,18 @@ def _refuse_late(draft: Draft, source: Source | None) -> None:
                 source=source,
                 hint="read a node that runs before its host, or splice at a later host",
             )
+
+
+def _aside(host: str, aside: Aside, value: str, source: Source | None) -> BadSplice:
+    reader = repr(aside.reader) if aside.reader else "the model itself"
+    what = "gives" if aside.at == "exit" else "is given"
+    return BadSplice(
+        f"{reader} reads what {host!r} {what}, and not only by way of its {aside.at}: on an attribute, say",
+        node=host,
+        sides=[("value", value), ("read by", reader), ("past", f"the {aside.at} of {aside.scope!r}")],
+        source=source,
+        hint="let the model hand the value on as an argument or result, or splice at a module that reads it",
+    )
 
 
 class _Readable(Graph):
