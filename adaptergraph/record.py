@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from .memory import can_be_viewed, overlap, place, storage
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
@@ -131,7 +132,7 @@ class Recorder:
         """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
         self.owned.add(id(tensor))
         self.alive.append(tensor)
-        self.storages.setdefault(_storage(tensor), []).append(tensor)
+        self.storages.setdefault(storage(tensor), []).append(tensor)
 
     def bind(self, tensor: Tensor, record: Record, key: Any) -> None:
         """From now on this tensor is what the event gave."""
@@ -144,7 +145,7 @@ class Recorder:
         self.values[id(tensor)] = value
         self.ways.give(tensor, frame, past)
         self.alive.append(tensor)
-        self.storages.setdefault(_storage(tensor), []).append(tensor)
+        self.storages.setdefault(storage(tensor), []).append(tensor)
 
     def watch(self) -> None:
         """Puts a forward on every module that says when it begins and ends; a body will run in the same place.
@@ -208,12 +209,13 @@ class Recorder:
 
         def fresh(value: Any) -> Any:
             known = isinstance(value, Tensor) and id(value) in self.values
-            if not known or not value.dtype.is_floating_point or not _can_be_viewed(value):
+            if not known or not value.dtype.is_floating_point or not can_be_viewed(value):
                 return value
-            known_as, past = self.values[id(value)], self.past(value, caller)
+            known_as, past = self.values[id(value)], self.past(value, caller) - {(frame.scope, "entry", False)}
             self.claims.append((frame.scope, known_as, past))
             if id(value) not in own:
                 own[id(value)] = new = value.view_as(value)
+                self.ways.derive(new, value, (frame.scope, "entry"))
                 self.stand_for(new, known_as, frame, past)
             return own[id(value)]
 
@@ -224,11 +226,12 @@ class Recorder:
         frame, own = self.frames[-1], dict[int, Tensor]()
 
         def fresh(tensor: Tensor) -> Tensor:
-            if not _can_be_viewed(tensor):
+            if not can_be_viewed(tensor):
                 return tensor
             if id(tensor) not in own:
                 own[id(tensor)] = new = tensor.view_as(tensor)
                 frame.returned[id(new)] = tensor
+                self.ways.derive(new, tensor, (frame.scope, "exit"))
             return own[id(tensor)]
 
         self.paused = True
@@ -260,7 +263,7 @@ class Recorder:
         if not self.made_in(inner, frame):
             self.passed_on(tensor, frame, caller)
             return
-        value, past = self.values[id(inner)], self.past(inner, frame)
+        value, past = self.values[id(inner)], self.past(inner, frame) - {(frame.scope, "exit", False)}
         self.stand_for(tensor, value, caller, past)
         self.claims.append((frame.scope, value, past))
 
@@ -383,8 +386,11 @@ class Recorder:
         if not mutated and outs:
             result = replaced(result, fresh)
             outs = list(tensors(result))
+        memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            if storage(tensor) in memory:
+                self.ways.derive(tensor, memory[storage(tensor)])
             if id(tensor) in self.values and any(tensor is t for t in mutated):
                 self.values[id(tensor)] = (record, path)
             else:
@@ -398,25 +404,24 @@ class Recorder:
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
         record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
-        if all(tensor is not t for t in self.storages.get(_storage(tensor), ())) or id(tensor) not in self.values:
+        if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
         writer = self.frames[-1]
-        owner = self.ways.owner(tensor, writer)
-        keys = {_place(tensor): key}
-        for number, alias in enumerate(self.storages[_storage(tensor)]):
-            if not _overlap(alias, tensor):
+        keys = {place(tensor): key}
+        for number, alias in enumerate(self.storages[storage(tensor)]):
+            if not overlap(alias, tensor):
                 continue
-            self.ways.written(alias, owner, writer)
-            old, place = self.values.get(id(alias)), _place(alias)
+            self.ways.written(alias, tensor, writer)
+            old, where = self.values.get(id(alias)), place(alias)
             if old is not None and old[0] is record:
                 continue
-            if place is None or place not in keys:
+            if where is None or where not in keys:
                 # another view: what was not written comes from the value that it had
                 if old is not None:
                     record.reads.append(old)
-                keys[place] = ("view", number)
-                record.outs[keys[place]] = (tuple(alias.shape), alias.dtype)
-            self.values[id(alias)] = (record, keys[place])
+                keys[where] = ("view", number)
+                record.outs[keys[where]] = (tuple(alias.shape), alias.dtype)
+            self.values[id(alias)] = (record, keys[where])
 
     def done(self, returned: Any) -> None:
         """The events of the whole run, and which of them give what the model returns."""
@@ -476,38 +481,6 @@ def version(tensor: Tensor) -> int:
     except RuntimeError:
         # an inference tensor counts none
         return 0
-
-
-def _can_be_viewed(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return -id(tensor)
-
-
-def _place(tensor: Tensor) -> Any:
-    """Which elements of its storage a tensor shows; None where that cannot be said."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return None
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors over one storage may share elements."""
-    if _place(a) is None or _place(b) is None:
-        return True
-    (first, last), (start, end) = _extent(a), _extent(b)
-    return first <= end and start <= last
-
-
-def _extent(tensor: Tensor) -> tuple[Any, Any]:
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    size = tensor.element_size()
-    return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
 
 
 _PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}

@@ -7,7 +7,7 @@ another call than the one it belongs to came there on another way, past the entr
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class Running(Protocol):
 
 # the call, "entry" or "exit", and whether a body there changes what is read in a way that no edge can say
 Passed = tuple[str, str, bool]
+Line = Any
 NOTHING: frozenset[Passed] = frozenset()
 
 
@@ -35,6 +36,8 @@ class Ways:
 
     def __init__(self) -> None:
         self.owners: dict[int, tuple[Running, frozenset[Passed]]] = {}
+        # the entries and exits that memory has passed, the last one first
+        self.lines: dict[int, Line] = {}
 
     def give(self, tensor: Tensor, call: Running, past: frozenset[Passed] = NOTHING) -> None:
         """From now on the tensor belongs to this call."""
@@ -56,23 +59,29 @@ class Ways:
         kept = {(c.scope, "entry", True) for c in up if made < c.number}
         return past | kept | {(c.scope, "exit", False) for c in up} | {(c.scope, "entry", False) for c in down}
 
-    def owner(self, tensor: Tensor, reader: Running) -> Running:
-        """The call that a tensor belongs to; one that was there before the run is at home everywhere."""
-        return self.owners.get(id(tensor), (reader, NOTHING))[0]
+    def derive(self, tensor: Tensor, origin: Tensor, at: tuple[str, str] | None = None) -> None:
+        """A tensor shares its memory with another one, also past this entry or exit, unless there is a body."""
+        line = self.lines.get(id(origin))
+        self.lines[id(tensor)] = line if at is None else (at, line)
 
-    def written(self, alias: Tensor, owner: Running, writer: Running) -> None:
-        """A call wrote into a tensor of an owner, and so into this one over the same memory."""
-        other, past = self.owners.get(id(alias), (owner, NOTHING))
-        past = frozenset(p for p in past if p[2])
-        if other is owner:
-            self.owners[id(alias)] = (writer, past)
-            return
-        # a body between the two gives one of them other memory; what runs yet has returned neither of them
-        up, down = _between(owner, other)
-        done = {id(c) for c in _between(owner, writer)[0]} | {id(c) for c in _between(other, writer)[0]}
-        entries = {(c.scope, "entry", True) for c in (*up, *down)}
-        exits = {(c.scope, "exit", id(c) in done) for c in (*up, *down) if id(c) in done or c in up}
-        self.owners[id(alias)] = (other, past | entries | exits)
+    def written(self, alias: Tensor, tensor: Tensor, writer: Running) -> None:
+        """A call wrote into a tensor, and so into this one over the same memory."""
+        past = {p for p in self.owners[id(alias)][1] if p[2]} if id(alias) in self.owners else set()
+        one, other = self.lines.get(id(alias)), self.lines.get(id(tensor))
+        if one is not other:
+            ends = _ends(one), _ends(other)
+            apart = [line for mine, theirs in (ends, ends[::-1]) for key, line in mine.items() if key not in theirs]
+            past |= {(scope, at, True) for (scope, at), _ in apart}
+        self.owners[id(alias)] = (writer, frozenset(past))
+
+
+def _ends(line: Line) -> dict[int, Any]:
+    """A line of entries and exits, and what it was before each of them."""
+    found = {}
+    while line is not None:
+        found[id(line)] = line
+        line = line[1]
+    return found
 
 
 def _between(one: Running, other: Running) -> tuple[list[Running], list[Running]]:

@@ -133,6 +133,46 @@ class Leaves(Block):
         return h + self.last(h)
 
 
+class Stores(Block):
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
+
+    def forward(self, x):
+        self.kept["h"] = h = x + self.fc(x)
+        return h + self.last(h)
+
+
+class Collects(Block):
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        self.kept.append(h)
+        return h + self.last(h)
+
+
+class Renews(Block):
+    def moved(self, h):
+        self.scale = self.scale + h.mean()
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        self.moved(h)
+        return h + self.last(h) * self.scale
+
+
+class Tells(Block):
+    """Sets an attribute on a module that is not inside it."""
+
+    def forward(self, x):
+        h = x + self.fc(x)
+        self.others[0].kept = h
+        return h + self.last(h)
+
+
 class Drops(Block):
     def forward(self, x):
         h = x + self.fc(x)
@@ -256,6 +296,9 @@ def test_a_call_that_would_go_another_way_is_refused(cls, change, what):
         (Masked, "it asks for the kind of a value: isinstance"),
         (Same, "it asks whether two values are the same object"),
         (Leaves, "it sets the attribute 'kept'"),
+        (Stores, "it sets the attribute 'kept'"),
+        (Collects, "it sets the attribute 'kept'"),
+        (Renews, "it sets the attribute '_buffers'"),
         (Drops, "it branches on what a value is"),
         (Tries, "it goes another way where an error is raised, in a `try` block"),
         (TriesInside, "it goes another way where an error is raised, in a `try` block"),
@@ -269,12 +312,23 @@ def test_a_forward_that_cannot_be_followed_is_refused_and_left_alone(cls, why):
         graph.compile(inplace=True)
     for name, module in base.named_modules():
         assert all(before[name].get(k) is v for k, v in vars(module).items()), name
+        assert not vars(module).get("kept")
+        assert all(type(b) is torch.Tensor for b in module.buffers())
 
 
 def test_a_device_is_asked_for_in_each_call():
     _, model = compiled(New)
     found = model.to("meta")(torch.ones(2, 5, 8, device="meta"))
     assert found.device.type == "meta"
+
+
+def test_a_forward_that_sets_an_attribute_of_another_module_is_refused():
+    base = nn.Sequential(Tells(), nn.Linear(8, 8)).eval()
+    base[0].others = [base[1]]
+    graph = ag.trace(base, torch.ones(2, 5, 8)).splice("0/add", ag.Bottleneck(2))
+    with pytest.raises(ag.BadSplice, match="it sets the attribute 'kept'"):
+        graph.compile(inplace=True)
+    assert "kept" not in vars(base[1])
 
 
 def test_the_kind_of_an_argument_that_was_none_is_checked_in_each_call():

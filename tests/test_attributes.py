@@ -470,7 +470,7 @@ def test_what_no_edge_can_say_is_refused_by_name(case):
     ("make", "why"),
     [
         (lambda: GivesBoth(up=Summing), "it sets the attribute 'saved'"),
-        (lambda: InBlock(up=Handing), "it reads a tensor that belongs to no module"),
+        (lambda: InBlock(up=Handing), "it sets the attribute 'ctx'"),
     ],
     ids=["returned and kept", "argument and attribute"],
 )

@@ -261,3 +261,65 @@ def test_a_replica_runs_its_own_body_at_an_operation(traced):
         expected = middle + layer.mlp(layer.post_attention_layernorm(middle))
         torch.testing.assert_close(replica(x, **given), expected)
         assert not torch.allclose(layer(x, **given), expected)
+
+
+class GivesTheSum(nn.Module):
+    """Returns a sum that its layer reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.fc(x) + x
+        return {"sum": h, "last": self.last(h)}
+
+
+def test_an_operation_that_the_model_returns_is_replaced_there_too():
+    base, x = GivesTheSum(), torch.randn(2, 4)
+    model = randomise(ag.trace(base, x).splice("/add", METHOD).compile())
+    body = model.adapter_add
+    h = base.fc(x) + x
+    h = h + body.up(torch.relu(body.down(h)))
+    found = model(x)
+    torch.testing.assert_close(found["sum"], h)
+    torch.testing.assert_close(found["last"], base.last(h))
+
+
+class Shared(nn.Module):
+    """Gives one value to one module twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = GivesTheSum()
+
+    def forward(self, x):
+        return self.block(x)["last"] * torch.tanh(self.block(x)["last"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "where"),
+    [("block", "block", "before"), ("block/add", "block@1/add", None), ("block@1/add", "block/add", None)],
+)
+def test_bodies_at_two_calls_with_one_value_run_in_splice_order(first, second, where):
+    base, x = Shared(), torch.randn(2, 4)
+    graph = ag.trace(base, x).splice(first, METHOD, name="one", where=where)
+    graph = graph.splice(second, METHOD, name="two", where=where)
+    model = randomise(graph.compile())
+    one, two = graph.bodies.values()
+    both = {written for _, written in one.calls} & {read for read, _ in two.calls}
+    assert len(both) == min(len(one.calls), len(two.calls))
+    bodies = [model.get_submodule(name) for name in graph.bodies]
+
+    def run(h, which):
+        for body in which:
+            h = h + body.up(torch.relu(body.down(h)))
+        return h
+
+    def block(call):
+        which = [b for b, at in zip(bodies, (first, second), strict=True) if call == 1 or "@1" not in at]
+        given = run(x, which) if where else x
+        h = base.block.fc(given) + given
+        return base.block.last(h if where else run(h, which))
+
+    torch.testing.assert_close(model(x), block(0) * torch.tanh(block(1)))

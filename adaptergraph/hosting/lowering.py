@@ -78,6 +78,12 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     """
     buffers = [(b, b.clone()) for b in module.buffers()]
     before = [(vars(m), dict(vars(m))) for m in module.modules()]
+    held = [
+        (number, name, value, copy.copy(value))
+        for number, (_, known) in enumerate(before)
+        for name, value in known.items()
+        if type(value) in (dict, list)
+    ]
     left: set[str] = set()
     try:
         yield
@@ -88,11 +94,21 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
             if changed:
                 state.clear()
                 state.update(known)
+        for number, name, value, contents in held:
+            now, then = _parts(value), _parts(contents)
+            if len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True)):
+                left |= {name} if number == 0 or any(isinstance(part, fx.Proxy) for part in now) else set()
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(contents)
         with torch.no_grad():
             for buffer, values in buffers:
                 buffer.copy_(values)
     if left:
         raise Unlowered(f"it sets the attribute {min(left)!r}")
+
+
+def _parts(value: Any) -> list[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else list(value)
 
 
 def _followed(

@@ -175,7 +175,8 @@ class _Routes:
         given = [self.child_of(r, scope, value) for r in inside]
         whole = len(inside) == len(self.readers.get(value, ()))
         whole = whole and not any(g and self.imported.past(g[0], "entry", value) for g in given)
-        if not ways and inside and whole and value not in leaves(self.graph.outputs) and all(given):
+        returned = any(self.origin.get(o, o) == value for o in leaves(self.graph.outputs))
+        if not ways and inside and whole and not returned and all(given):
             order = dict.fromkeys(g for g in given if g is not None)
             first = self.scopes.first
             return [Spot(s, "entry", a) for s, a in sorted(order, key=lambda g: first.get(g[0], 0))]

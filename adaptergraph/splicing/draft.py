@@ -40,7 +40,8 @@ class Draft:
             if body.where == "before" or self.scopes.is_passed_by(body, index, value, scope):
                 return False
             if "/" in host:
-                return body.host == host
+                # the same operation, at each call or at one
+                return "/" in body.host
             return self.scopes.within(self.scopes.of_body(body, index), scope)
 
         return self._after(value, below)
@@ -56,7 +57,7 @@ class Draft:
         Two branches that a user wrote over one node replace nothing for each other.
         """
         while True:
-            bodies = [self.bodies[n] for n in self.replacing.get(value, ())]
+            bodies = [self.bodies[n] for n in dict.fromkeys(self.replacing.get(value, ()))]
             found = [(b, i) for b in bodies for i, (read, _) in enumerate(b.calls) if read == value and past(b, i)]
             written_by_hand = self.graph.imported is None and sum(b.where != "before" for b in bodies) > 1
             if len(found) != 1 or written_by_hand:

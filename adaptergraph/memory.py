@@ -1,0 +1,42 @@
+"""Which memory a tensor shows, and which part of it. Floor 4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def can_be_viewed(tensor: Tensor) -> bool:
+    """Whether another tensor can show the same memory."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from all others."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def place(tensor: Tensor) -> Any:
+    """Which elements of its storage a tensor shows; None where that cannot be said."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors over one storage may share elements."""
+    if place(a) is None or place(b) is None:
+        return True
+    (first, last), (start, end) = _extent(a), _extent(b)
+    return first <= end and start <= last
+
+
+def _extent(tensor: Tensor) -> tuple[Any, Any]:
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = tensor.element_size()
+    return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
