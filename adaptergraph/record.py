@@ -71,6 +71,7 @@ class _Frame:
     past: list[Any] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
+    given: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
     returned: dict[int, Tensor] = field(default_factory=dict)
     number: int = field(default_factory=_numbers.__next__)
 
@@ -217,6 +218,7 @@ class Recorder:
                 own[id(value)] = new = value.view_as(value)
                 self.ways.derive(new, value, (frame.scope, "entry"))
                 self.stand_for(new, known_as, frame, past)
+                frame.given.append((value, new, (storage(new), place(new))))
             return own[id(value)]
 
         return tuple(map(fresh, args)), {name: fresh(value) for name, value in kwargs.items()}
@@ -243,6 +245,11 @@ class Recorder:
         """A module has run."""
         frame = self.frames.pop()
         caller = self.frames[-1]
+        for tensor, own, form in frame.given:
+            if (storage(own), place(own)) != form:
+                # it was given another form or memory in place, also for those who gave it
+                tensor.data = own
+                self.stand_for(tensor, self.values[id(own)], frame, frozenset({(frame.scope, "entry", True)}))
         outs = list(tensors(output))
         if not frame.calls_children:
             caller.records.append(self.leaf(module, frame, caller, outs))

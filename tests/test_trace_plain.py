@@ -178,6 +178,32 @@ def written_argument(m, x):
     return m.writing(x, out) * out
 
 
+class Turning(nn.Module):
+    """Turns its argument in place."""
+
+    def forward(self, x):
+        x.t_()
+        return x * 2
+
+
+class Renewing(nn.Module):
+    """Gives its argument other memory."""
+
+    def forward(self, x, other):
+        x.data = other
+        return x * 2
+
+
+def turned_in_place(m, x):
+    h = m.a(x)
+    return m.turning(h) @ m.b(h.t())
+
+
+def renewed(m, x):
+    h = m.a(x)
+    return m.renewing(h, m.b(x)) + torch.tanh(h)
+
+
 def left_on_a_module(m, x):
     return m.keeping(m.a(x)) * m.keeping.last
 
@@ -318,6 +344,8 @@ CASES = {
             lambda: {"writing": Writing()},
             {"writing:copy_": "writing", "/mul": "writing writing:copy_"},
         ),
+        (turned_in_place, lambda: {"turning": Turning()}, {"turning": "a", "/t": "turning:t_"}),
+        (renewed, lambda: {"renewing": Renewing()}, {"renewing": "a b", "/tanh": "renewing:set:changed"}),
         (left_on_a_module, lambda: {"keeping": Keeping()}, {"keeping": "a", "/mul": "keeping keeping:mul"}),
         (goes_on_after_an_error, lambda: {"failing": Failing()}, {"failing.fc": "x", "b": "x", "a": "b"}),
         (views_of_one_memory, nothing, {"/mul_": "/chunk /chunk:1 a", "/cat": "/mul_ /mul_:view:3"}),
