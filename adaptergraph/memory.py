@@ -13,6 +13,15 @@ def can_be_viewed(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        # an inference tensor counts none
+        return 0
+
+
 def storage(tensor: Tensor) -> int:
     """What tells the memory of a tensor from all others."""
     try:

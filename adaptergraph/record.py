@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from .memory import can_be_viewed, overlap, place, storage
+from .memory import can_be_viewed, overlap, place, storage, version
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
+# of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
+_CROWD = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +74,7 @@ class _Frame:
     records: list[Record] = field(default_factory=list)
     calls_children: bool = False
     given: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
+    lent: list[Tensor] = field(default_factory=list)
     returned: dict[int, Tensor] = field(default_factory=dict)
     number: int = field(default_factory=_numbers.__next__)
 
@@ -98,6 +101,7 @@ class Recorder:
         self.dtype = dtype
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
+        self.written: set[int] = set()
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
@@ -214,6 +218,10 @@ class Recorder:
                 return value
             known_as, past = self.values[id(value)], self.past(value, caller) - {(frame.scope, "entry", False)}
             self.claims.append((frame.scope, known_as, past))
+            if self.is_crowded(value):
+                self.ways.give(value, frame, past)
+                frame.lent.append(value)
+                return value
             if id(value) not in own:
                 own[id(value)] = new = value.view_as(value)
                 self.ways.derive(new, value, (frame.scope, "entry"))
@@ -223,12 +231,17 @@ class Recorder:
 
         return tuple(map(fresh, args)), {name: fresh(value) for name, value in kwargs.items()}
 
+    def is_crowded(self, tensor: Tensor) -> bool:
+        """Whether so many tensors show the memory of this one that the next write would take long."""
+        memory = storage(tensor)
+        return memory in self.written and len(self.storages[memory]) >= _CROWD
+
     def own(self, output: Any) -> Any:
         """What a module returns, with tensors of its own: those that it keeps are others than those that it returns."""
         frame, own = self.frames[-1], dict[int, Tensor]()
 
         def fresh(tensor: Tensor) -> Tensor:
-            if not can_be_viewed(tensor):
+            if not can_be_viewed(tensor) or (self.made_in(tensor, frame) and self.is_crowded(tensor)):
                 return tensor
             if id(tensor) not in own:
                 own[id(tensor)] = new = tensor.view_as(tensor)
@@ -250,6 +263,8 @@ class Recorder:
                 # it was given another form or memory in place, also for those who gave it
                 tensor.data = own
                 self.stand_for(tensor, self.values[id(own)], frame, frozenset({(frame.scope, "entry", True)}))
+        for tensor in frame.lent:
+            self.ways.give(tensor, caller)
         outs = list(tensors(output))
         if not frame.calls_children:
             caller.records.append(self.leaf(module, frame, caller, outs))
@@ -265,6 +280,7 @@ class Recorder:
     def returns(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
         """A call with calls inside returned a tensor."""
         if id(tensor) in self.values and id(tensor) not in frame.returned:
+            self.ways.give(tensor, caller)
             return
         inner = frame.returned.get(id(tensor), tensor)
         if not self.made_in(inner, frame):
@@ -413,6 +429,7 @@ class Recorder:
         record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
         if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
+        self.written.add(storage(tensor))
         writer = self.frames[-1]
         keys = {place(tensor): key}
         for number, alias in enumerate(self.storages[storage(tensor)]):
@@ -479,15 +496,6 @@ def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: lis
 def _replaces(func: Any) -> bool:
     """Whether a function gives its first argument other memory, which no version counts."""
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written to."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        # an inference tensor counts none
-        return 0
 
 
 _PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}

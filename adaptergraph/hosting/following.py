@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..record import op_name, tensors, version
+from ..memory import version
+from ..record import op_name, tensors
 from .program import Unlowered, same
 
 MORE = "_adaptergraph_more"
