@@ -52,7 +52,7 @@ class Aside:
         value: the node that the value is; None where any body there would change what is read in a way that no edge can
             say: of memory that somebody wrote into, and of what a call was given and kept.
         reader: the node that reads it, or a call that is given or returns it; `""` is the model's own.
-        whole: the reader is a node, to which the value comes in no other way.
+        whole: the value comes to the reader in no other way, so that the graph can say what it reads.
     """
 
     scope: str
