@@ -79,8 +79,12 @@ class Source:
                 raise Unlowered("it runs a part of itself in a `with` block")
             if isinstance(node, ast.Try | ast.TryStar):
                 raise Unlowered(CATCHES)
-            if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
-                _refuse_setting(node)
+            if (
+                isinstance(node, ast.Attribute)
+                and not isinstance(node.ctx, ast.Load | ast.Del)
+                and _is_part(node.value)
+            ):
+                raise Unlowered(f"it sets the attribute {node.attr!r}")
             if isinstance(node, ast.Name) and node.id == rest and id(node) not in handed_on:
                 raise Unlowered("it looks at its further keyword arguments")
             if isinstance(node, ast.Attribute):
@@ -101,13 +105,9 @@ class Source:
                 self.handed |= {n.id for n in given if isinstance(n, ast.Name)}
 
 
-def _refuse_setting(target: ast.Attribute | ast.Subscript) -> None:
-    """Refuses to write to an attribute, or into one: code would write at the time of lowering only."""
-    part: ast.expr = target
-    while isinstance(part, ast.Subscript):
-        part = part.value
-    if isinstance(part, ast.Attribute):
-        raise Unlowered(f"it sets the attribute {part.attr!r}")
+def _is_part(value: ast.expr) -> bool:
+    """Whether this is something on the module; what it sets on itself is looked at when it has run."""
+    return not isinstance(value, ast.Name) and _is_own(value)
 
 
 def _is_own(called: ast.expr) -> bool:
