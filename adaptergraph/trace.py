@@ -10,7 +10,7 @@ import gc
 import re
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import _lru_cache_wrapper
 from typing import Any
@@ -30,9 +30,10 @@ from .graph import Graph
 from .imported import Call, Imported, Module
 from .node import Node, Param
 from .record import Made, Operations, Record, Recorder, bound, tensors
-from .shapes import quiet
+from .shapes import quiet, uncollected
 
 
+@uncollected()
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """The graph of a model: named modules, the operations between them, shapes; all frozen.
 
@@ -215,10 +216,10 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(_undisturbed(recorder.modules.values()))
         if mode is not None:
             faked = _Faker(mode, recorder.dtype)
-            faked.swap(model)
+            faked.swap(recorder.modules.values())
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
             for twin in faked.twins.values():
@@ -284,9 +285,9 @@ class _Faker:
             twin._is_param = True
         return twin
 
-    def swap(self, model: nn.Module) -> None:
-        """Puts twins in the place of a model's parameters, buffers and other tensors."""
-        for module in model.modules():
+    def swap(self, modules: Iterable[nn.Module]) -> None:
+        """Puts twins in the place of the parameters, buffers and other tensors of modules."""
+        for module in modules:
             for table in (module._parameters, module._buffers, vars(module)):
                 for name, tensor in table.items():
                     if isinstance(tensor, Tensor):
@@ -294,17 +295,21 @@ class _Faker:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
     plain = (dict, OrderedDict, defaultdict, list, set)
-    attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
-    held: list[Any] = [(v, _contents(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
+    # most are empty, and stay so
+    held: list[Any] = [
+        (v, _contents(v) if v else ()) for table, _ in attributes for v in table.values() if type(v) in plain
+    ]
     try:
         yield
     finally:
         for value, contents in [*held, *attributes]:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(contents)
+            if value or contents:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(contents)
 
 
 def _contents(value: Any) -> Any:
@@ -383,9 +388,8 @@ class _Finish:
             params[name] = Param(tuple(tensor.shape), tensor.dtype)
             owner, _, last = name.rpartition(".")
             own.setdefault(owner, {})[last] = params[name]
-        modules = {path for _, path in self.recorder.paths.items()}
         for record in self.recorder.inputs:
-            record.name = f"/{record.path}" if record.path in modules else record.path
+            record.name = f"/{record.path}" if record.path in self.recorder.modules else record.path
             self.add(record, [], {})
         for record in self.recorder.root:
             self.name(record)
@@ -401,7 +405,7 @@ class _Finish:
                 self.edge(*value)
         imported = Imported(
             cls=type(self.model).__name__,
-            modules={p: self.module(p, m) for p, m in self.model.named_modules()},
+            modules={p: self.module(p, m) for p, m in self.recorder.modules.items()},
             params=params,
             tied=tied,
             readers=self.readers,
