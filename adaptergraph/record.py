@@ -77,7 +77,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model = model
-        self.modules = dict(model.named_modules())
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.paths = {id(m): n for n, m in self.modules.items()}
         self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
@@ -280,7 +280,8 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
-        given = [t for value in (*args, *kwargs.values()) for _, t in tensors(value)]
+        values = (v for v in (*args, *kwargs.values()) if type(v) not in _PLAIN)
+        given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
         result = func(*args, **kwargs)
         outs = list(tensors(result))
@@ -303,7 +304,7 @@ class Recorder:
         def fresh(tensor: Tensor) -> Tensor:
             return another(tensor) if any(tensor is g for g in given) else tensor
 
-        if not mutated and outs:
+        if not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
         for path, tensor in outs:

@@ -99,19 +99,20 @@ def _refuse(model: Any) -> None:
                 source=here(),
                 hint="trace the model inside it (model.module), then wrap the compiled one",
             )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise GraphError(
-                f"parameter {name!r} of this {cls} has no shape yet",
-                source=here(),
-                hint="call the model once with these arguments, then trace it",
-            )
-        if type(parameter).__name__ == "DTensor":
-            raise GraphError(
-                f"parameter {name!r} of this {cls} is sharded",
-                source=here(),
-                hint="trace and compile the whole model first, then fully_shard the compiled one",
-            )
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if is_lazy(parameter):
+                raise GraphError(
+                    f"parameter {full!r} of this {cls} has no shape yet",
+                    source=here(),
+                    hint="call the model once with these arguments, then trace it",
+                )
+            if type(parameter).__name__ == "DTensor":
+                raise GraphError(
+                    f"parameter {full!r} of this {cls} is sharded",
+                    source=here(),
+                    hint="trace and compile the whole model first, then fully_shard the compiled one",
+                )
 
 
 _Error = tuple[Exception, str]
@@ -440,22 +441,25 @@ class _Finish:
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
-        final = record.final()
-        if final is record and key == final.main:
-            return final.name
         if (record, key) not in self.parts:
-            inner = [] if final is record else [record.op]
-            path = [] if key == () else key if isinstance(key, tuple) else [key]
-            label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
-            label = re.sub(r"[^\w.@/:]", "_", label)
-            while label in self.nodes:
-                # two operations of one name, inside one node
-                label += "_"
-            shape, dtype = record.outs[key]
-            self.parts[record, key] = label
-            self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
-            self.scopes[label] = final.scope
+            final = record.final()
+            whole = final is record and key == final.main
+            self.parts[record, key] = final.name if whole else self.part(record, final, key)
         return self.parts[record, key]
+
+    def part(self, record: Record, final: Record, key: Any) -> str:
+        """The node of a further output."""
+        inner = [] if final is record else [record.op]
+        path = [] if key == () else key if isinstance(key, tuple) else [key]
+        label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
+        label = re.sub(r"[^\w.@/:]", "_", label)
+        while label in self.nodes:
+            # two operations of one name, inside one node
+            label += "_"
+        shape, dtype = record.outs[key]
+        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
+        self.scopes[label] = final.scope
+        return label
 
     def module(self, path: str, module: nn.Module) -> Module:
         return Module(type(module).__name__, tuple(map(self.call, self.recorder.calls.get(path, ()))))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from ..graph import Graph
+from ..shapes import uncollected
 from .boxes import Boxes, Draft, Edge
 from .data import Box, Frame, Link, Row, Sums, View
 from .describe import Describe, additions, prefix_of, relative, tail
@@ -18,6 +19,7 @@ _WIDE = 14
 Place: TypeAlias = "tuple[Run | Item, int]"
 
 
+@uncollected()
 def view(
     graph: Graph,
     *,
