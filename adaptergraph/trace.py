@@ -33,7 +33,6 @@ from .record import Made, Operations, Record, Recorder, bound, tensors
 from .shapes import quiet, uncollected
 
 
-@uncollected()
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """The graph of a model: named modules, the operations between them, shapes; all frozen.
 
@@ -50,7 +49,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     <Graph: imported Sequential, 4 nodes, outputs 2>
     """
     _refuse(model)
-    return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
+    with uncollected():
+        return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:

@@ -19,7 +19,6 @@ _WIDE = 14
 Place: TypeAlias = "tuple[Run | Item, int]"
 
 
-@uncollected()
 def view(
     graph: Graph,
     *,
@@ -39,18 +38,19 @@ def view(
     Raises:
         UnknownNode: a name in `open` or `mark` is not in the graph.
     """
-    outline = Outline(graph)
-    opened = [outline.find(name) for name in ([open] if isinstance(open, str) else open)]
-    marked = {name: outline.find(name) for name in ([mark] if isinstance(mark, str) else mark)}
-    special = {*marked, *(item.path for item in opened)}
-    runs = Repeats(graph, outline, special).find() if fold and not nodes else []
-    if nodes:
-        outline.everything()
-    else:
-        inside = {item for top in opened for item in top.below()}
-        outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
-    boxes = Boxes(graph, outline, special)
-    return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
+    with uncollected():
+        outline = Outline(graph)
+        opened = [outline.find(name) for name in ([open] if isinstance(open, str) else open)]
+        marked = {name: outline.find(name) for name in ([mark] if isinstance(mark, str) else mark)}
+        special = {*marked, *(item.path for item in opened)}
+        runs = Repeats(graph, outline, special).find() if fold and not nodes else []
+        if nodes:
+            outline.everything()
+        else:
+            inside = {item for top in opened for item in top.below()}
+            outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
+        boxes = Boxes(graph, outline, special)
+        return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
 
 
 def _wanted(
