@@ -165,7 +165,7 @@ class Selection(Sequence[str]):
             if shape is None and fn is None:
                 return True
             # a module that is never called has no output
-            node = self.graph.output_of(name) if self.graph.calls_of(name) else None
+            node = self.graph[name] if self.graph.calls_of(name) else None
             if node is None or (shape is not None and not _fits(shape, node.shape)):
                 return False
             return fn is None or bool(fn(node))
