@@ -40,6 +40,7 @@ def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) ->
             f"{found[0]!r} holds whole numbers ({graph.params[found[0]].dtype}): it cannot be trained",
             node=found[0],
             source=here(),
+            hint="leave it out of the pattern",
         )
     return graph._with(overrides={**graph._overrides, **dict.fromkeys(wanted, value)})
 
@@ -96,6 +97,7 @@ def replace_node(graph: Graph, name: str | Node, node: Node) -> Graph:
                 ("new", node.name or node.op, format_shape(node.shape), str(node.dtype)),
             ],
             source=source,
+            hint="end it with the old shape and dtype, or change what reads it as well: graph.rewrite_nodes",
         )
     return _swapped(graph, old.name or "", node)
 
@@ -245,5 +247,6 @@ def tap(graph: Graph, at: Selector) -> Graph:
                 node=name,
                 sides=[("output", name, outputs[name]), ("tap", name, value)],
                 source=here(),
+                hint="give the tap another name",
             )
     return graph._with(outputs=outputs)

@@ -114,7 +114,12 @@ class Graph(Verbs):
             # a module or container means its output before any body, of several calls the first one's
             values = self.calls_of(str(name))
             if not values:
-                raise UnknownNode(f"{name!r} is never called: it has no output", node=name, source=here())
+                raise UnknownNode(
+                    f"{name!r} is never called: it has no output",
+                    node=name,
+                    source=here(),
+                    hint="take a module that runs: graph.summary() shows them",
+                )
             name = values[0]
         return replace(self._nodes[name], graph=self)
 

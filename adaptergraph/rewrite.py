@@ -131,7 +131,10 @@ def rewrite_nodes(graph: Graph, rewriter: Callable[[Node], Any]) -> Graph:
 def _check_fits(old: Node, result: Any, source: Source | None) -> None:
     if not isinstance(result, Node):
         raise GraphError(
-            f"what the rewriter made for {old.name!r} is no node but {result!r}", node=old.name, source=source
+            f"what the rewriter made for {old.name!r} is no node but {result!r}",
+            node=old.name,
+            source=source,
+            hint="return a node, or the old one to leave it as it is",
         )
     if (result.shape, result.dtype) != (old.shape, old.dtype):
         raise ShapeMismatch(
@@ -142,6 +145,7 @@ def _check_fits(old: Node, result: Any, source: Source | None) -> None:
                 ("new", result.name or result.op, format_shape(result.shape), str(result.dtype)),
             ],
             source=source,
+            hint="end it with the shape and dtype of the old node",
         )
 
 

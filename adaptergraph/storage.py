@@ -120,6 +120,7 @@ def _apply(graph: Graph, data: AdapterText) -> Graph:
                 f"the selector {item.at!r} means other nodes here than where the adapter was made",
                 sides=[("there", ", ".join(item.hosts)), ("here", ", ".join(hosts))],
                 source=here(),
+                hint="load it on a base with the modules of the one it was made on",
             )
         graph = graph.splice(at, method_from_json(item.method), name=item.name, where=item.where)
     bodies = [n for n in data.frozen if n in graph.body_params]
@@ -155,7 +156,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state = adapter_state(model)
     meta = [n for n, t in state.items() if t.is_meta]
     if meta:
-        raise GraphError(f"parameter {meta[0]!r} is on the meta device: there is nothing to save", source=here())
+        raise GraphError(
+            f"parameter {meta[0]!r} is on the meta device: there is nothing to save",
+            source=here(),
+            hint="give the model values first: graph.compile(state=…), or a base with weights",
+        )
     # copies, because safetensors refuses tensors that share storage
     data = safetensors.torch.save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()})
     host = _without_splices(graph)
@@ -239,7 +244,11 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         model = host if attachment(host) is not None or not _is_plain(host) else None
         graph = graph_of(host) if model is not None else _traced(host, data)
     else:
-        raise GraphError(f"load takes a model or a graph, not {type(host).__name__}", source=here())
+        raise GraphError(
+            f"load takes a model or a graph, not {type(host).__name__}",
+            source=here(),
+            hint="ag.load(model, folder) or ag.load(graph, folder)",
+        )
     spliced = _fitting(graph, data)
     _check_tensors(spliced, data, state)
     if model is None:
@@ -271,7 +280,7 @@ def _files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
                 return data, safetensors.torch.load(raw)
             found.append((name, f"{len(raw):,} bytes", _checksum(raw)[:23] + "…"))
     if not found:
-        raise GraphError(f"there is no {TENSORS} in {folder}", source=here())
+        raise GraphError(f"there is no {TENSORS} in {folder}", source=here(), hint="give the folder that ag.save wrote")
     raise StateMismatch(
         f"{folder / TENSORS} is damaged, or not the file that belongs to {JSON}",
         sides=[(JSON, "says", data.checksum[:23] + "…"), *found],
