@@ -98,6 +98,21 @@ class ArgMax(nn.Module):
         return t.argmax(-1)
 
 
+class Top(nn.Module):
+    def forward(self, t):
+        return t + 1, t.argmax(-1)
+
+
+class Best(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.top = Top()
+
+    def forward(self, t):
+        value, place = self.top(t)
+        return value + place[:, None]
+
+
 def traced():
     return ag.trace(Half(), torch.ones(2, 8))
 
@@ -855,6 +870,12 @@ SPLICES = [
         lambda: traced().splice("arg", ag.Bottleneck(2)),
         B,
         "'arg' (ArgMax) returns no float tensor: a body has nothing to work on",
+        "splice at a module or operation that gives floats",
+    ),
+    (
+        lambda: ag.trace(Best(), torch.ones(2, 8)).splice("top:1", ag.Bottleneck(2)),
+        B,
+        "'top:1' is no float tensor but torch.int64: a body has nothing to work on",
         "splice at a module or operation that gives floats",
     ),
     (
