@@ -480,7 +480,11 @@ class _Finish:
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}
         if not found:
-            raise GraphError(f"the forward of {type(self.model).__name__} returns no tensor", source=here())
+            raise GraphError(
+                f"the forward of {type(self.model).__name__} returns no tensor",
+                source=here(),
+                hint="return a tensor, or a tuple, list, dict or dataclass with one",
+            )
         return next(iter(found.values())) if list(found) == [""] else found
 
 

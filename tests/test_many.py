@@ -17,7 +17,7 @@ from test_recompute import METHODS, called_twice
 from torch import nn
 
 import adaptergraph as ag
-from adaptergraph import frames
+from adaptergraph.hosting import frames
 
 GIVEN = {"input_ids": ids(), "use_cache": False}
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import adaptergraph as ag
-from adaptergraph import frames
+from adaptergraph.hosting import frames
 
 WIDTH = 16
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -184,7 +184,7 @@ def test_checkpointed_layers_give_the_gradients_of_plain_ones(kind, reentrant):
 
 def inside(site):
     """A body at the end that reads a value from the inside of a layer."""
-    tapped = site.graph[site.graph.output_of("model.layers.0.mlp").name]
+    tapped = site.graph["model.layers.0.mlp"]
     return site.output + ag.dense(tapped, 32, name="up")
 
 
