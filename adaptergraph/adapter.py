@@ -203,6 +203,7 @@ def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
             f"an adapter needs a layer whose last size is known; {x.name or x.op!r} gives {format_shape(x.shape)}",
             node=x.name,
             source=here(),
+            hint="wrap a layer whose last size is a number",
         )
     if hidden_size is not None and hidden_size != known:
         body = prefix or "adapter"

@@ -34,7 +34,7 @@ def loader(what: str, given: SimpleNamespace, generator: torch.Generator | None 
         hint = "a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors"
         raise GraphError(f"{what}= is a {type(data).__name__}", source=here(), hint=hint)
     if len(data) == 0:
-        raise GraphError(f"{what}= is empty", source=here())
+        raise GraphError(f"{what}= is empty", source=here(), hint="give it at least one sample")
     shuffle = generator is not None
     return DataLoader(data, given.batch_size, shuffle=shuffle, generator=generator, collate_fn=given.collate)
 
@@ -49,7 +49,12 @@ def check_batch(batch: Any, model: nn.Module, loss: Any) -> None:
     keys = set(batch)
     if loss is not None:
         if "labels" not in keys:
-            raise GraphError("a batch has no 'labels' for loss=", sides=[("it has", *batch)], source=here())
+            raise GraphError(
+                "a batch has no 'labels' for loss=",
+                sides=[("it has", *batch)],
+                source=here(),
+                hint="call the target 'labels' in the batch, or give pairs (inputs, target)",
+            )
         keys.remove("labels")
     accepted = _accepted(model)
     if accepted is not None and not keys <= set(accepted):

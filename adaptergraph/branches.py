@@ -15,7 +15,7 @@ from .graph import Graph
 from .hosting.sites import graph_of
 from .names import body_name
 from .state import load_values
-from .storage import HostText, _check_host, _files, _mismatch, _without_splices
+from .storage import HostText, check_host, mismatch, read_files, without_splices
 
 
 def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -> nn.Module:
@@ -47,13 +47,13 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     True
     """
     graph = graph_of(model)
-    data, state = _files(Path(folder))
-    host = _without_splices(graph)
+    data, state = read_files(Path(folder))
+    host = without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     # what was trained along is not read, so it may be another one here
     known = data.model_copy(update={"host": _frozen_part(data.host, data.tensors)})
     shapes = {n: list(p.shape) for n, p in own.items() if n not in (data.tensors or ())}
-    _check_host(shapes, known, type(model).__name__)
+    check_host(shapes, known, type(model).__name__)
     where = _paired(_with_branch(graph, branch), data.splices, branch, folder)
     values = {
         new + name.removeprefix(old): tensor
@@ -64,7 +64,7 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     missing = [n for n in graph.body_params if n.startswith(tuple(where.values())) and n not in values]
     if missing:
         rows = [(name, "branch has it", "file has none") for name in sorted(missing)]
-        _mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows)
+        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows)
     load_values(model, values, str(folder))
     return model
 
@@ -107,5 +107,5 @@ def _paired(
             pairs[f"{body_name(host, splice.name)}."] = f"{body_name(host, str(name))}.{branch}."
     wrong += [(host, f"branch {splice.method.branches[branch]}", "file none") for (_, host), splice in free.items()]
     if wrong:
-        _mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", wrong)
+        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", wrong)
     return pairs

@@ -123,7 +123,7 @@ class _Meter:
 def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
     """The model over tensors without values; afterwards no cache of a library holds one."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _Faker(mode, None).swap(model)
+    _Faker(mode, None).swap(model.modules())
     tied = graph.imported.tied if graph.imported is not None else {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(graph.trained[tied.get(name, name)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
-from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, here
+from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, here
 from .graph import Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
@@ -40,13 +40,14 @@ def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) ->
             f"{found[0]!r} holds whole numbers ({graph.params[found[0]].dtype}): it cannot be trained",
             node=found[0],
             source=here(),
+            hint="leave it out of the pattern",
         )
     return graph._with(overrides={**graph._overrides, **dict.fromkeys(wanted, value)})
 
 
 def _host(graph: Graph, name: str | Node, verb: str) -> Node:
     """The node that a verb changes: of a declared graph, and no part of a body."""
-    _declared(graph, verb)
+    refuse_imported(graph, verb)
     key = name.name or "" if isinstance(name, Node) else name
     graph[key]
     node = graph._nodes[key]
@@ -60,7 +61,7 @@ def _host(graph: Graph, name: str | Node, verb: str) -> Node:
     return node
 
 
-def _declared(graph: Graph, verb: str) -> None:
+def refuse_imported(graph: Graph, verb: str) -> None:
     if graph.imported is not None:
         raise BadSplice(
             f"{verb} works on declared graphs: this one runs in the forward of {graph.imported.cls}",
@@ -69,7 +70,7 @@ def _declared(graph: Graph, verb: str) -> None:
         )
 
 
-def _refuse_adapted(graph: Graph, name: str) -> None:
+def refuse_adapted(graph: Graph, name: str) -> None:
     """A body is called after its host."""
     body = next((b for b in graph.bodies.values() if b.host == name or any(name in call for call in b.calls)), None)
     if body is not None:
@@ -81,22 +82,30 @@ def _refuse_adapted(graph: Graph, name: str) -> None:
         )
 
 
+def check_fits(one: tuple[str, Node], two: tuple[str, Node], what: str, hint: str, source: Source | None) -> None:
+    """Whether two nodes, each with a word for what it is, have the same shape and dtype.
+
+    Raises:
+        ShapeMismatch: `what`, with both of them.
+    """
+    if len({(node.shape, node.dtype) for _, node in (one, two)}) == 2:
+        sides = [(word, n.name or n.op, format_shape(n.shape), str(n.dtype)) for word, n in (one, two)]
+        raise ShapeMismatch(what, node=one[1].name, sides=sides, source=source, hint=hint)
+
+
 def replace_node(graph: Graph, name: str | Node, node: Node) -> Graph:
     """See `Graph.replace`."""
     source = here()
     old = _host(graph, name, "replace")
     if not isinstance(node, Node):
         raise GraphError(f"a node is replaced by a node, not {node!r}", node=old.name, source=source)
-    if (node.shape, node.dtype) != (old.shape, old.dtype):
-        raise ShapeMismatch(
-            f"the new node does not fit in the place of {old.name!r}",
-            node=old.name,
-            sides=[
-                ("old", old.name or "", format_shape(old.shape), str(old.dtype)),
-                ("new", node.name or node.op, format_shape(node.shape), str(node.dtype)),
-            ],
-            source=source,
-        )
+    check_fits(
+        ("old", old),
+        ("new", node),
+        f"the new node does not fit in the place of {old.name!r}",
+        "end it with the old shape and dtype, or change what reads it as well: graph.rewrite_nodes",
+        source,
+    )
     return _swapped(graph, old.name or "", node)
 
 
@@ -112,17 +121,13 @@ def remove(graph: Graph, name: str | Node) -> Graph:
             hint="graph.replace(name, node) says what stands in its place",
         )
     before = graph._nodes[old.inputs[0]]
-    if (before.shape, before.dtype) != (old.shape, old.dtype):
-        raise ShapeMismatch(
-            f"{old.name!r} cannot be left out: its consumers need what it makes of its input",
-            node=old.name,
-            sides=[
-                ("reads", before.name or "", format_shape(before.shape), str(before.dtype)),
-                ("gives", old.name or "", format_shape(old.shape), str(old.dtype)),
-            ],
-            source=source,
-            hint="graph.replace(name, node) says what stands in its place",
-        )
+    check_fits(
+        ("reads", before),
+        ("gives", old),
+        f"{old.name!r} cannot be left out: its consumers need what it makes of its input",
+        "graph.replace(name, node) says what stands in its place",
+        source,
+    )
     return _swapped(graph, old.name or "", graph[old.inputs[0]])
 
 
@@ -143,17 +148,17 @@ def _swapped(graph: Graph, old: str, node: Node) -> Graph:
     table = {n: x for n, x in graph._nodes.items() if n != old or stays}
     new, final = _added(table, order, node, "" if stays else old)
     if final != old:
-        _refuse_adapted(graph, old)
+        refuse_adapted(graph, old)
     kept = {
         n: replace(x, inputs=tuple(final if i == old else i for i in x.inputs)) if old in x.inputs else x
         for n, x in table.items()
     }
     place = [n for x in graph._nodes for n in ([*([old] if stays else []), *new] if x == old else [x])]
-    table = in_order(kept | new, _inputs_first(kept | new, place), source)
+    table = in_order(kept | new, inputs_first(kept | new, place), source)
     outputs = map_outputs(graph.outputs, {old: final})
     fresh = {p for x in new.values() for p in x.param_names()}
     overrides = {p: t for p, t in graph._overrides.items() if p not in fresh}
-    return _pruned(graph, table, outputs, overrides)
+    return pruned(graph, table, outputs, overrides)
 
 
 def _added(table: Mapping[str, Node], order: list[Node], node: Node, free: str) -> tuple[dict[str, Node], str]:
@@ -172,11 +177,11 @@ def _added(table: Mapping[str, Node], order: list[Node], node: Node, free: str) 
     return new, names.get(id(node), node.name or "")
 
 
-def _inputs_first(nodes: Mapping[str, Node], names: list[str]) -> list[str]:
+def inputs_first(nodes: Mapping[str, Node], names: list[str]) -> list[str]:
     return sorted(names, key=lambda n: nodes[n].op != "input")
 
 
-def _pruned(
+def pruned(
     graph: Graph,
     table: Mapping[str, Node],
     outputs: Any,
@@ -212,7 +217,7 @@ def rename(graph: Graph, old: str | Node, new: str) -> Graph:
     if new == name:
         return graph
     refuse_taken(new, graph._nodes, replace(node, source=source))
-    _refuse_adapted(graph, name)
+    refuse_adapted(graph, name)
     called = {n: new + n.removeprefix(name) for n in graph.calls_of(name)}
     nodes = {
         called.get(n, n): replace(x, name=called.get(n, n), inputs=tuple(called.get(i, i) for i in x.inputs))
@@ -228,14 +233,14 @@ def rename(graph: Graph, old: str | Node, new: str) -> Graph:
 
 def truncate(graph: Graph, name: str | Node) -> Graph:
     """See `Graph.truncate`."""
-    _declared(graph, "truncate")
+    refuse_imported(graph, "truncate")
     key = name.name or "" if isinstance(name, Node) else name
-    return _pruned(graph, graph._nodes, graph.value_of(key).name, graph._overrides)
+    return pruned(graph, graph._nodes, graph.value_of(key).name, graph._overrides)
 
 
 def tap(graph: Graph, at: Selector) -> Graph:
     """See `Graph.tap`."""
-    _declared(graph, "tap")
+    refuse_imported(graph, "tap")
     outputs = dict(graph.outputs) if isinstance(graph.outputs, dict) else {n: n for n in graph.output_names()}
     for name in graph.select(at):
         value = graph.value_of(name).name or ""
@@ -245,5 +250,6 @@ def tap(graph: Graph, at: Selector) -> Graph:
                 node=name,
                 sides=[("output", name, outputs[name]), ("tap", name, value)],
                 source=here(),
+                hint="give the tap another name",
             )
     return graph._with(outputs=outputs)

@@ -309,7 +309,9 @@ class _Trainer:
                     sums[name] = sums.get(name, 0) + (value.sum() if value.dim() else value * count)
                     counts[name] = counts.get(name, 0) + count
         if not sums:
-            raise GraphError("evaluate= has no batch", source=here())
+            raise GraphError(
+                "evaluate= has no batch", source=here(), hint="give it at least one sample, or leave evaluate= out"
+            )
         return {name: float(value / counts[name]) for name, value in sums.items()}
 
     def save(self) -> None:
@@ -409,7 +411,11 @@ def _check(given: SimpleNamespace) -> None:
         name = type(_plain(given.model)).__name__
         raise GraphError(f"no parameter of this {name} is trained", source=here(), hint=hint)
     if given.collate is not None and isinstance(given.data, DataLoader):
-        raise GraphError("data= is a DataLoader: it has a collate_fn= of its own", source=here())
+        raise GraphError(
+            "data= is a DataLoader: it has a collate_fn= of its own",
+            source=here(),
+            hint="leave collate_fn= out, or give the dataset instead of the loader",
+        )
     if given.folder is not None:
         graph_of(given.model)
         Path(given.folder).mkdir(parents=True, exist_ok=True)
@@ -433,7 +439,11 @@ def _accelerator(precision: str | None) -> Iterator[Any]:
         single = GradientAccumulationPlugin(num_steps=1)
         accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=single)
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise GraphError(f"fit does not shard a model ({accelerator.distributed_type.value})", source=here())
+            raise GraphError(
+                f"fit does not shard a model ({accelerator.distributed_type.value})",
+                source=here(),
+                hint="start it with DDP, or write the loop yourself: a compiled model is an nn.Module as any other",
+            )
         if precision in ("bf16", "fp16") and not accelerator.native_amp:
             device = accelerator.device.type
             raise GraphError(f"precision={precision!r} does not work on {device}", source=here(), hint='"bf16" or "no"')

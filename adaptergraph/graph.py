@@ -111,10 +111,15 @@ class Graph(Verbs):
 
     def __getitem__(self, name: str) -> Node:
         if name not in self._nodes:
-            # a module or container means its output, of several calls the first one's
+            # a module or container means its output before any body, of several calls the first one's
             values = self.calls_of(str(name))
             if not values:
-                raise UnknownNode(f"{name!r} is never called: it has no output", node=name, source=here())
+                raise UnknownNode(
+                    f"{name!r} is never called: it has no output",
+                    node=name,
+                    source=here(),
+                    hint="take a module that runs: graph.summary() shows them",
+                )
             name = values[0]
         return replace(self._nodes[name], graph=self)
 
@@ -210,13 +215,9 @@ class Graph(Verbs):
                 at.setdefault(read, []).append(body)
         return MappingProxyType({read: bodies[0] for read, bodies in at.items() if len(bodies) == 1})
 
-    def output_of(self, name: str) -> Node:
-        """The node a name stands for: itself, or what a module or container returns before any body."""
-        return self[name if name in self._nodes else self.calls_of(name)[0]]
-
     def value_of(self, name: str) -> Node:
-        """The same after the bodies that are there: what the host is worth to those who read it."""
-        value = self.output_of(name).name or ""
+        """The node of a name after the bodies that are there: what the host is worth to those who read it."""
+        value = self[name].name or ""
         while (body := self.body_at.get(value)) is not None and body.is_below(name):
             value = dict(body.calls)[value]
         return self[value]

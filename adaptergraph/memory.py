@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 
 def can_be_viewed(tensor: Tensor) -> bool:
     """Whether another tensor can show the same memory."""
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def another(tensor: Tensor) -> Tensor:
+    """A second tensor over the same elements."""
+    if type(tensor) is FakeTensor and tensor.constant is None and not tensor.requires_grad:
+        # as `view_as` gives, in a sixth of the time: nothing needs to be found out about it
+        with in_kernel_invocation_manager(tensor.fake_mode):
+            elements = tensor.detach()
+        return FakeTensor(tensor.fake_mode, elements, tensor.fake_device)
+    return tensor.view_as(tensor)
 
 
 def version(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from .memory import can_be_viewed, overlap, place, storage, version
+from .memory import another, can_be_viewed, overlap, place, storage, version
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
@@ -56,8 +56,8 @@ class Record:
     @property
     def main(self) -> Any:
         """The key of the first float tensor it gives, or else of its first tensor."""
-        floats = [k for k, (_, dtype) in self.outs.items() if dtype.is_floating_point]
-        return (floats or [*self.outs, None])[0]
+        floats = (k for k, (_, dtype) in self.outs.items() if dtype.is_floating_point)
+        return next(floats, next(iter(self.outs), None))
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +94,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self.model = model
-        self.paths = {id(m): n for n, m in model.named_modules()}
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.paths = {id(m): n for n, m in self.modules.items()}
         self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
         self.parameters: dict[int, str] = {}
@@ -158,7 +159,7 @@ class Recorder:
         So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
         """
         known: dict[int, inspect.Signature] = {}
-        for module in self.model.modules():
+        for module in self.modules.values():
             forward = module.forward
             function = id(getattr(forward, "__func__", forward))
             if function not in known:
@@ -223,7 +224,7 @@ class Recorder:
                 frame.lent.append(value)
                 return value
             if id(value) not in own:
-                own[id(value)] = new = value.view_as(value)
+                own[id(value)] = new = another(value)
                 self.ways.derive(new, value, (frame.scope, "entry"))
                 self.stand_for(new, known_as, frame, past)
                 frame.given.append((value, new, (storage(new), place(new))))
@@ -244,7 +245,7 @@ class Recorder:
             if not can_be_viewed(tensor) or (self.made_in(tensor, frame) and self.is_crowded(tensor)):
                 return tensor
             if id(tensor) not in own:
-                own[id(tensor)] = new = tensor.view_as(tensor)
+                own[id(tensor)] = new = another(tensor)
                 frame.returned[id(new)] = tensor
                 self.ways.derive(new, tensor, (frame.scope, "exit"))
             return own[id(tensor)]
@@ -384,7 +385,8 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
-        given = [t for value in (*args, *kwargs.values()) for _, t in tensors(value)]
+        values = (v for v in (*args, *kwargs.values()) if type(v) not in _PLAIN)
+        given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
         result = func(*args, **kwargs)
         outs = list(tensors(result))
@@ -404,9 +406,9 @@ class Recorder:
                 record.params[self.parameters[id(tensor)]] = None
 
         def fresh(tensor: Tensor) -> Tensor:
-            return tensor.view_as(tensor) if any(tensor is g for g in given) else tensor
+            return another(tensor) if any(tensor is g for g in given) else tensor
 
-        if not mutated and outs:
+        if not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
         memory = {storage(t): t for t in reversed(given)}
@@ -498,6 +500,7 @@ def _replaces(func: Any) -> bool:
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
 
 
+_NO_WORD = re.compile(r"\W+")
 _PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
 
 
@@ -506,7 +509,7 @@ def op_name(func: Any) -> str:
     name = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "get")
-    return re.sub(r"\W+", "_", name.strip("_") if name.startswith("__") else name) or "op"
+    return _NO_WORD.sub("_", name.strip("_") if name.startswith("__") else name) or "op"
 
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

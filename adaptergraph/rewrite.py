@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from .collect import refuse_taken, unnamed
-from .edit import _declared, _inputs_first, _pruned, _refuse_adapted
-from .errors import BadSplice, GraphError, ShapeMismatch, Source, here
+from .edit import check_fits, inputs_first, pruned, refuse_adapted, refuse_imported
+from .errors import BadSplice, GraphError, Source, here
 from .graph import Graph
 from .names import check_name
-from .node import Node, format_shape
+from .node import Node
 from .splicing.draft import map_outputs
 from .splicing.surgery import is_foreign, made
 
@@ -98,7 +98,7 @@ class _Draft:
 def rewrite_nodes(graph: Graph, rewriter: Callable[[Node], Any]) -> Graph:
     """See `Graph.rewrite_nodes`."""
     source = here()
-    _declared(graph, "rewrite_nodes")
+    refuse_imported(graph, "rewrite_nodes")
     draft = _Draft(graph, source)
     for name, node in graph._nodes.items():
         # a body changes only as a whole, and the outputs of one node with it
@@ -114,41 +114,41 @@ def rewrite_nodes(graph: Graph, rewriter: Callable[[Node], Any]) -> Graph:
                 hint="return None to keep the node, or a function (inputs, output) -> Node",
             )
         result = write([graph[value] for value in node.inputs], graph[name])
-        _check_fits(node, result, source)
+        _check_made(node, result, source)
         draft.put(node, result)
     for name in draft.dropped - set(draft.table):
-        _refuse_adapted(graph, name)
+        refuse_adapted(graph, name)
     bodies = {
         name: replace(body, calls=tuple((draft.now[read], written) for read, written in body.calls))
         for name, body in graph.bodies.items()
     }
     changed = {p for n in draft.names.values() for p in draft.table[n].param_names()}
-    table = {n: draft.table[n] for n in _inputs_first(draft.table, list(draft.table))}
+    table = {n: draft.table[n] for n in inputs_first(draft.table, list(draft.table))}
     overrides = {p: t for p, t in graph._overrides.items() if p not in changed}
-    return _pruned(graph, table, map_outputs(graph.outputs, draft.now), overrides, bodies)
+    return pruned(graph, table, map_outputs(graph.outputs, draft.now), overrides, bodies)
 
 
-def _check_fits(old: Node, result: Any, source: Source | None) -> None:
+def _check_made(old: Node, result: Any, source: Source | None) -> None:
     if not isinstance(result, Node):
         raise GraphError(
-            f"what the rewriter made for {old.name!r} is no node but {result!r}", node=old.name, source=source
-        )
-    if (result.shape, result.dtype) != (old.shape, old.dtype):
-        raise ShapeMismatch(
-            f"what the rewriter made does not fit in the place of {old.name!r}",
+            f"what the rewriter made for {old.name!r} is no node but {result!r}",
             node=old.name,
-            sides=[
-                ("old", old.name or "", format_shape(old.shape), str(old.dtype)),
-                ("new", result.name or result.op, format_shape(result.shape), str(result.dtype)),
-            ],
             source=source,
+            hint="return a node, or the old one to leave it as it is",
         )
+    check_fits(
+        ("old", old),
+        ("new", result),
+        f"what the rewriter made does not fit in the place of {old.name!r}",
+        "end it with the shape and dtype of the old node",
+        source,
+    )
 
 
 def pop_node(graph: Graph) -> tuple[Node, Graph]:
     """See `Graph.pop_node`."""
     source = here()
-    _declared(graph, "pop_node")
+    refuse_imported(graph, "pop_node")
     if not isinstance(graph.outputs, str):
         raise BadSplice(
             f"the graph has {len(graph.output_names())} outputs, and pop_node takes the one last node off",
@@ -165,4 +165,4 @@ def pop_node(graph: Graph) -> tuple[Node, Graph]:
             hint=f"take it out first: graph.unsplice({body!r})" if body else None,
         )
     ends: Any = last.inputs[0] if len(last.inputs) == 1 else last.inputs
-    return last, _pruned(graph, graph._nodes, ends, graph._overrides)
+    return last, pruned(graph, graph._nodes, ends, graph._overrides)

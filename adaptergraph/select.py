@@ -119,7 +119,11 @@ def _range(inside: str, text: str) -> list[str]:
         )
     first, last = int(numbers[1]), int(numbers[2])
     if last < first or last - first > 100_000:
-        raise GraphError(f"the range {numbers[0]} in the selector {text!r} is empty or too long", source=here())
+        raise GraphError(
+            f"the range {numbers[0]} in the selector {text!r} is empty or too long",
+            source=here(),
+            hint="the smaller number first: [0-11]",
+        )
     return [str(n) for n in range(first, last + 1)]
 
 
@@ -165,7 +169,7 @@ class Selection(Sequence[str]):
             if shape is None and fn is None:
                 return True
             # a module that is never called has no output
-            node = self.graph.output_of(name) if self.graph.calls_of(name) else None
+            node = self.graph[name] if self.graph.calls_of(name) else None
             if node is None or (shape is not None and not _fits(shape, node.shape)):
                 return False
             return fn is None or bool(fn(node))
@@ -267,7 +271,11 @@ def hits(graph: Graph, entry: Any) -> list[str]:
     if callable(entry):
         names = [n.name for n in graph.nodes() if n.name and n.op not in ("input", "output") and _asked(entry, n)]
         if not names:
-            raise UnknownNode("the predicate selects no node", source=here())
+            raise UnknownNode(
+                "the predicate selects no node",
+                source=here(),
+                hint='it is asked once for each node: graph.select(lambda node: node.op == "linear")',
+            )
         return names
     if not isinstance(entry, str):
         raise GraphError(f"a selector is a string, a predicate or a list of these, not {entry!r}", source=here())

@@ -139,7 +139,12 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
     if wrong:
         shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
-        raise StateMismatch(f"{len(wrong)} tensors of {what} do not fit the model", sides=shown, source=here())
+        raise StateMismatch(
+            f"{len(wrong)} tensors of {what} do not fit the model",
+            sides=shown,
+            source=here(),
+            hint="give values of this very model: graph.params lists names and shapes",
+        )
     with torch.no_grad():
         for name, value in values.items():
             _own(own[name])

@@ -120,6 +120,7 @@ def _apply(graph: Graph, data: AdapterText) -> Graph:
                 f"the selector {item.at!r} means other nodes here than where the adapter was made",
                 sides=[("there", ", ".join(item.hosts)), ("here", ", ".join(hosts))],
                 source=here(),
+                hint="load it on a base with the modules of the one it was made on",
             )
         graph = graph.splice(at, method_from_json(item.method), name=item.name, where=item.where)
     bodies = [n for n in data.frozen if n in graph.body_params]
@@ -155,10 +156,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     state = adapter_state(model)
     meta = [n for n, t in state.items() if t.is_meta]
     if meta:
-        raise GraphError(f"parameter {meta[0]!r} is on the meta device: there is nothing to save", source=here())
+        raise GraphError(
+            f"parameter {meta[0]!r} is on the meta device: there is nothing to save",
+            source=here(),
+            hint="give the model values first: graph.compile(state=…), or a base with weights",
+        )
     # copies, because safetensors refuses tensors that share storage
     data = safetensors.torch.save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()})
-    host = _without_splices(graph)
+    host = without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     text = _recipe(graph) | {
         "host": {
@@ -232,14 +237,18 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         StateMismatch: the files are damaged, or belong to another model; every mismatch is named.
         GraphError: the files are not there, or are no adapter.
     """
-    data, state = _files(Path(folder))
+    data, state = read_files(Path(folder))
     if isinstance(host, Graph):
         graph, model = host, None
     elif isinstance(host, nn.Module):
         model = host if attachment(host) is not None or not _is_plain(host) else None
         graph = graph_of(host) if model is not None else _traced(host, data)
     else:
-        raise GraphError(f"load takes a model or a graph, not {type(host).__name__}", source=here())
+        raise GraphError(
+            f"load takes a model or a graph, not {type(host).__name__}",
+            source=here(),
+            hint="ag.load(model, folder) or ag.load(graph, folder)",
+        )
     spliced = _fitting(graph, data)
     _check_tensors(spliced, data, state)
     if model is None:
@@ -257,7 +266,8 @@ def _is_plain(model: nn.Module) -> bool:
     return False
 
 
-def _files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
+def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
+    """What an adapter's two files say, once they are known to belong together."""
     data: AdapterText = parsed(AdapterText, _read(folder / JSON), str(folder / JSON))
     if data.checksum is None or data.tensors is None or data.host is None:
         raise GraphError(
@@ -271,7 +281,7 @@ def _files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
                 return data, safetensors.torch.load(raw)
             found.append((name, f"{len(raw):,} bytes", _checksum(raw)[:23] + "…"))
     if not found:
-        raise GraphError(f"there is no {TENSORS} in {folder}", source=here())
+        raise GraphError(f"there is no {TENSORS} in {folder}", source=here(), hint="give the folder that ag.save wrote")
     raise StateMismatch(
         f"{folder / TENSORS} is damaged, or not the file that belongs to {JSON}",
         sides=[(JSON, "says", data.checksum[:23] + "…"), *found],
@@ -299,7 +309,7 @@ def _traced(model: nn.Module, data: AdapterText) -> Graph:
             source=here(),
             hint="trace it yourself: ag.load(ag.trace(model, …), folder)",
         )
-    _check_host({n: list(p.shape) for n, p in model.named_parameters()}, data, type(model).__name__)
+    check_host({n: list(p.shape) for n, p in model.named_parameters()}, data, type(model).__name__)
     example = {
         k: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v.get("value")
         for k, v in data.host.example.items()
@@ -309,10 +319,10 @@ def _traced(model: nn.Module, data: AdapterText) -> Graph:
 
 def _fitting(graph: Graph, data: AdapterText) -> Graph:
     """The graph with the adapter's splices, if it is a graph of the adapter's host."""
-    host = _without_splices(graph)
+    host = without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     name = host.imported.cls if host.imported is not None else "Graph"
-    _check_host({n: list(p.shape) for n, p in own.items()}, data, name)
+    check_host({n: list(p.shape) for n, p in own.items()}, data, name)
     spliced = _apply(host, data)
     if graph.splices and graph != spliced:
         raise StateMismatch(
@@ -327,13 +337,18 @@ def _fitting(graph: Graph, data: AdapterText) -> Graph:
     return spliced
 
 
-def _without_splices(graph: Graph) -> Graph:
+def without_splices(graph: Graph) -> Graph:
     """The graph that was spliced; bodies that were declared by hand are part of it."""
     bodies = [body_name(host, splice.name) for splice in graph.splices for host in splice.hosts]
     return graph.unsplice(bodies) if bodies else graph
 
 
-def _check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> None:
+def check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> None:
+    """Whether the shapes of a host's parameters, by name, are those that the adapter was made with.
+
+    Raises:
+        StateMismatch: they are not; each one is listed.
+    """
     assert data.host is not None
     theirs = data.host.parameters
     wrong = [
@@ -342,7 +357,7 @@ def _check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> N
         if theirs.get(n) != own.get(n)
     ]
     if wrong:
-        _mismatch(f"the adapter was made for a {data.host.cls} with other parameters than this {name}", wrong)
+        mismatch(f"the adapter was made for a {data.host.cls} with other parameters than this {name}", wrong)
 
 
 def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:
@@ -361,7 +376,7 @@ def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor])
                 (name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}")
             )
     if wrong:
-        _mismatch("the tensors of the adapter do not fit", wrong)
+        mismatch("the tensors of the adapter do not fit", wrong)
 
 
 def _structure(host: Graph) -> str:
@@ -391,7 +406,7 @@ def _values(model: nn.Module, graph: Graph) -> str | None:
 def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> None:
     """Shapes that fit do not make it the same base; whether it serves is for the user to say."""
     assert data.host is not None
-    if data.host.structure is not None and data.host.structure != _structure(_without_splices(graph)):
+    if data.host.structure is not None and data.host.structure != _structure(without_splices(graph)):
         warnings.warn(f"the adapter was trained on a {data.host.cls} with modules of other classes", stacklevel=3)
     elif None not in (data.host.values, found := _values(model, graph)) and data.host.values != found:
         warnings.warn(
@@ -399,7 +414,7 @@ def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> 
         )
 
 
-def _mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
+def mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
     shown: list[tuple[str, ...]] = [*wrong[:12]]
     if len(wrong) > 12:
         shown.append((f"… and {len(wrong) - 12} more",))

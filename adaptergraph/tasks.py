@@ -227,7 +227,9 @@ def only_task(graph: Graph, task: str) -> Graph:
     """
     switches = {n: node for n, node in graph._nodes.items() if node.op == "switch"}
     if not switches:
-        raise GraphError("the graph has no Switch, so there is no task to compile", source=here())
+        raise GraphError(
+            "the graph has no Switch, so there is no task to compile", source=here(), hint="leave task= out"
+        )
     gone: set[str] = set()
     changed = {}
     for name, node in switches.items():

@@ -10,7 +10,7 @@ import gc
 import re
 import weakref
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import _lru_cache_wrapper
 from typing import Any
@@ -30,7 +30,7 @@ from .graph import Graph
 from .imported import Aside, Call, Imported, Module
 from .node import Node, Param
 from .record import Made, Operations, Record, Recorder, bound, tensors
-from .shapes import quiet
+from .shapes import quiet, uncollected
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -49,7 +49,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     <Graph: imported Sequential, 4 nodes, outputs 2>
     """
     _refuse(model)
-    return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
+    with uncollected():
+        return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
@@ -98,19 +99,20 @@ def _refuse(model: Any) -> None:
                 source=here(),
                 hint="trace the model inside it (model.module), then wrap the compiled one",
             )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise GraphError(
-                f"parameter {name!r} of this {cls} has no shape yet",
-                source=here(),
-                hint="call the model once with these arguments, then trace it",
-            )
-        if type(parameter).__name__ == "DTensor":
-            raise GraphError(
-                f"parameter {name!r} of this {cls} is sharded",
-                source=here(),
-                hint="trace and compile the whole model first, then fully_shard the compiled one",
-            )
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if is_lazy(parameter):
+                raise GraphError(
+                    f"parameter {full!r} of this {cls} has no shape yet",
+                    source=here(),
+                    hint="call the model once with these arguments, then trace it",
+                )
+            if type(parameter).__name__ == "DTensor":
+                raise GraphError(
+                    f"parameter {full!r} of this {cls} is sharded",
+                    source=here(),
+                    hint="trace and compile the whole model first, then fully_shard the compiled one",
+                )
 
 
 _Error = tuple[Exception, str]
@@ -215,10 +217,10 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(_undisturbed(recorder.modules.values()))
         if mode is not None:
             faked = _Faker(mode, recorder.dtype)
-            faked.swap(model)
+            faked.swap(recorder.modules.values())
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
             for twin in faked.twins.values():
@@ -284,9 +286,9 @@ class _Faker:
             twin._is_param = True
         return twin
 
-    def swap(self, model: nn.Module) -> None:
-        """Puts twins in the place of a model's parameters, buffers and other tensors."""
-        for module in model.modules():
+    def swap(self, modules: Iterable[nn.Module]) -> None:
+        """Puts twins in the place of the parameters, buffers and other tensors of modules."""
+        for module in modules:
             for table in (module._parameters, module._buffers, vars(module)):
                 for name, tensor in table.items():
                     if isinstance(tensor, Tensor):
@@ -294,17 +296,21 @@ class _Faker:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
     plain = (dict, OrderedDict, defaultdict, list, set)
-    attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
-    held: list[Any] = [(v, _contents(v)) for table, _ in attributes for v in table.values() if type(v) in plain]
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
+    # most are empty, and stay so
+    held: list[Any] = [
+        (v, _contents(v) if v else ()) for table, _ in attributes for v in table.values() if type(v) in plain
+    ]
     try:
         yield
     finally:
         for value, contents in [*held, *attributes]:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(contents)
+            if value or contents:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(contents)
 
 
 def _contents(value: Any) -> Any:
@@ -383,9 +389,8 @@ class _Finish:
             params[name] = Param(tuple(tensor.shape), tensor.dtype)
             owner, _, last = name.rpartition(".")
             own.setdefault(owner, {})[last] = params[name]
-        modules = {path for _, path in self.recorder.paths.items()}
         for record in self.recorder.inputs:
-            record.name = f"/{record.path}" if record.path in modules else record.path
+            record.name = f"/{record.path}" if record.path in self.recorder.modules else record.path
             self.add(record, [], {})
         for record in self.recorder.root:
             self.name(record)
@@ -399,7 +404,7 @@ class _Finish:
         for made in (made for calls in self.recorder.calls.values() for made in calls if made is not None):
             for _, value in made.inputs:
                 self.edge(*value)
-        called = {p: self.module(p, m) for p, m in self.model.named_modules()}
+        called = {p: self.module(p, m) for p, m in self.recorder.modules.items()}
         imported = Imported(
             cls=type(self.model).__name__,
             modules=called,
@@ -438,22 +443,25 @@ class _Finish:
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
-        final = record.final()
-        if final is record and key == final.main:
-            return final.name
         if (record, key) not in self.parts:
-            inner = [] if final is record else [record.op]
-            path = [] if key == () else key if isinstance(key, tuple) else [key]
-            label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
-            label = re.sub(r"[^\w.@/:]", "_", label)
-            while label in self.nodes:
-                # two operations of one name, inside one node
-                label += "_"
-            shape, dtype = record.outs[key]
-            self.parts[record, key] = label
-            self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
-            self.scopes[label] = final.scope
+            final = record.final()
+            whole = final is record and key == final.main
+            self.parts[record, key] = final.name if whole else self.part(record, final, key)
         return self.parts[record, key]
+
+    def part(self, record: Record, final: Record, key: Any) -> str:
+        """The node of a further output."""
+        inner = [] if final is record else [record.op]
+        path = [] if key == () else key if isinstance(key, tuple) else [key]
+        label = ":".join([final.name, *inner, *(str(k).lstrip(".") for k in path)])
+        label = re.sub(r"[^\w.@/:]", "_", label)
+        while label in self.nodes:
+            # two operations of one name, inside one node
+            label += "_"
+        shape, dtype = record.outs[key]
+        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
+        self.scopes[label] = final.scope
+        return label
 
     def module(self, path: str, module: nn.Module) -> Module:
         return Module(type(module).__name__, tuple(map(self.call, self.recorder.calls.get(path, ()))))
@@ -497,7 +505,11 @@ class _Finish:
     def outputs(self) -> Any:
         found = {":".join(str(k).lstrip(".") for k in path): self.edge(*v) for path, v in self.recorder.results}
         if not found:
-            raise GraphError(f"the forward of {type(self.model).__name__} returns no tensor", source=here())
+            raise GraphError(
+                f"the forward of {type(self.model).__name__} returns no tensor",
+                source=here(),
+                hint="return a tensor, or a tuple, list, dict or dataclass with one",
+            )
         return next(iter(found.values())) if list(found) == [""] else found
 
 

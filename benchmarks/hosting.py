@@ -174,9 +174,7 @@ def rungs(number):
     """The same as a method."""
 
     def ladder(site):
-        parts = [
-            ag.dense(site.graph[site.graph.output_of(f"blocks.{i}").name], 4, name=f"rungs.{i}") for i in range(number)
-        ]
+        parts = [ag.dense(site.graph[f"blocks.{i}"], 4, name=f"rungs.{i}") for i in range(number)]
         return site.output + ag.dense(ag.add(parts), site.output.shape[-1], name="up")
 
     return ladder

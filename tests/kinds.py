@@ -44,7 +44,7 @@ def layers_of(graph: ag.Graph) -> list[str]:
 
 def add_tap(site: ag.Site) -> ag.Node:
     """A body of a later layer that reads what the first layer gives."""
-    tapped = site.graph[site.graph.output_of("model.layers.0").name]
+    tapped = site.graph["model.layers.0"]
     return site.output + ag.dense(ag.tanh(ag.dense(tapped, 4, name="down")), WIDTH, name="up")
 
 
@@ -52,7 +52,7 @@ def add_ladder(site: ag.Site) -> ag.Node:
     """A side network that reads what every layer gives."""
     state = None
     for i, path in enumerate(layers_of(site.graph)):
-        step = ag.dense(site.graph[site.graph.output_of(path).name], 4, name=f"step_{i}")
+        step = ag.dense(site.graph[path], 4, name=f"step_{i}")
         state = step if state is None else ag.tanh(state + step, name=f"state_{i}")
     return site.output + ag.dense(state, WIDTH, name="up")
 

@@ -177,6 +177,20 @@ def test_a_tap_between_layers_that_are_compiled_one_by_one():
     assert counter.frame_count <= 4
 
 
+def test_a_ladder_over_layers_that_are_compiled_one_by_one():
+    """Each layer notes a value of its own, so each is compiled for itself."""
+    model = adapted("ladder", deep_llama(12))
+    expected, grads = trained_step(model, model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend=counter, isolate_recompiles=True)
+    out, found = trained_step(model, model)
+    near(out, expected)
+    near_gradients(found, grads)
+    assert counter.frame_count == 12
+
+
 def test_sixteen_tasks_over_taps_and_spans_are_one_graph():
     names = [f"t{i}" for i in range(16)]
     graph = ag.trace(deep_llama(), **GIVEN)

@@ -534,7 +534,7 @@ def test_a_half_precision_host_has_float32_bodies(name, dtype):
     same(out, expected)
     byhand.randomise(model)
     host = model.get_submodule(next(iter(graph.bodies.values())).host)
-    x = torch.randn(2, *graph.output_of(next(iter(graph.bodies.values())).host).shape[1:]).to(dtype)
+    x = torch.randn(2, *graph[next(iter(graph.bodies.values())).host].shape[1:]).to(dtype)
     body = host.adapter
     up = torch.relu(x.float() @ body.down.weight.T + body.down.bias) @ body.up.weight.T + body.up.bias
     assert torch.allclose(body(x), (x.float() + up).to(dtype))

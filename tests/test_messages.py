@@ -24,15 +24,13 @@ OWN = (
             "select",
             "graph",
             "collect",
-            "surgery",
-            "unsplice",
-            "hosts",
             "edit",
             "shapes",
             "adapter",
             "lower",
         )
     ),
+    *(PACKAGE / "splicing" / f"{n}.py" for n in ("surgery", "unsplice", "hosts")),
     # the families of layers and the combining methods have tests of their own
     *(PACKAGE / "layers" / f"{n}.py" for n in ("calls", "making", "table", "initializers", "functions")),
     *(PACKAGE / "methods" / f"{n}.py" for n in ("base", "bottleneck")),
@@ -98,6 +96,21 @@ class Nested(nn.Module):
 class ArgMax(nn.Module):
     def forward(self, t):
         return t.argmax(-1)
+
+
+class Top(nn.Module):
+    def forward(self, t):
+        return t + 1, t.argmax(-1)
+
+
+class Best(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.top = Top()
+
+    def forward(self, t):
+        value, place = self.top(t)
+        return value + place[:, None]
 
 
 def traced():
@@ -245,7 +258,12 @@ NAMES = [
         "use a plain identifier, such as 'x_getattr'",
     ),
     (lambda: check_imported_name("a b"), G, "'a b' is no name of an imported node", None),
-    (lambda: chain().splice("a", ag.Bottleneck(2), name="x.y"), G, "the name of a body is one word, not 'x.y'", None),
+    (
+        lambda: chain().splice("a", ag.Bottleneck(2), name="x.y"),
+        G,
+        "the name of a body is one word, not 'x.y'",
+        'letters, digits and _: name="adapter"',
+    ),
     (
         lambda: chain().splice("a", ag.Bottleneck(2), name="to"),
         G,
@@ -290,7 +308,7 @@ LAYERS = [
         lambda: ag.param("p", (8,), init="orthogonal"),
         G,
         "the initializer 'orthogonal' fills matrices, not param 'p' of shape (8,)",
-        None,
+        "'zeros', 'ones', a deviation such as 0.02, or a function that fills the tensor in place",
     ),
     (lambda: ag.param("p", (8,), init="zero"), G, "unknown initializer 'zero'", "did you mean 'zeros'?"),
     (lambda: ag.dense(x(), 8, weight_init=5), G, "unknown initializer 5", None),
@@ -298,7 +316,7 @@ LAYERS = [
         lambda: ag.dense(x(), 8, bias_init="glorot_normal"),
         G,
         "the initializer 'glorot_normal' fills matrices, not the bias of dense of shape (8,)",
-        None,
+        "'zeros', 'ones', a deviation such as 0.02, or a function that fills the tensor in place",
     ),
     (lambda: ag.constant([1]), G, "a constant is a tensor or a number, not [1]", None),
     (lambda: ag.constant(True), G, "a constant is a tensor or a number, not True", None),
@@ -321,7 +339,7 @@ LAYERS = [
     (lambda: ag.activation(x(), "relu", inplace=True), G, "relu has no option 'inplace'", "it has no options"),
     (lambda: ag.softmax(x(), dimension=1), G, "softmax has no option 'dimension'", ANY),
     (lambda: ag.softmax(x(), dim=True), G, "a dimension is a whole number, not True", None),
-    (lambda: ag.softmax(x(), dim=5), S, "'x' has no dimension 5", None),
+    (lambda: ag.softmax(x(), dim=5), S, "'x' has no dimension 5", "from -2 to 1"),
     (lambda: ag.gelu(x(), approximate="fast"), S, "gelu does not fit what it reads", ANY),
     (lambda: ag.concatenate([x(), x(name="y")], dim="1"), G, "a dimension is a whole number, not '1'", None),
     (lambda: ag.dropout(x(), rate=1), G, "a dropout rate is at least 0 and less than 1, not 1", None),
@@ -345,7 +363,12 @@ LAYERS = [
         "change the option, or what the node reads",
     ),
     (lambda: ag.layer_norm(x("batch", None)), S, "layer_norm does not fit what it reads", ANY),
-    (lambda: ag.attention(x(), x(), x(), num_heads=2), S, "attention reads batch × seq × size, not batch × 8", None),
+    (
+        lambda: ag.attention(x(), x(), x(), num_heads=2),
+        S,
+        "attention reads batch × seq × size, not batch × 8",
+        'reshape it: ag.reshape(x, ("batch", -1, size))',
+    ),
     (lambda: ag.attention(*[x("b", "s", 8)] * 3, num_heads=3), S, "attention does not fit what it reads", ANY),
     (lambda: ag.attention(*[x("b", "s", 8)] * 3, num_heads=0), G, "num_heads is a positive whole number, not 0", None),
     (lambda: ag.attention(*[x("b", "s", 8)] * 3, num_heads=2, causal=1), G, "causal is True or False, not 1", None),
@@ -360,15 +383,30 @@ LAYERS = [
     ),
     (lambda: x() + "y", G, "add reads nodes, not str: y", None),
     (lambda: ag.add([x(), x("batch", 7, name="y")], name="sum"), S, "add 'sum' does not fit what it reads", ANY),
-    (lambda: ag.relu(lstm()), G, "relu reads 'lstm', which gives no single tensor", None),
+    (lambda: ag.relu(lstm()), G, "relu reads 'lstm', which gives no single tensor", "read one of its outputs"),
     (lambda: ag.reshape(x(), 8), G, "reshape takes a tuple of sizes, not 8", None),
-    (lambda: ag.reshape(x(), ("seq", 8)), G, "reshape asks for 'seq', which 'x' has not", None),
-    (lambda: ag.reshape(x(), ("batch", 2.0)), G, "2.0 is no size to reshape to", None),
-    (lambda: ag.reshape(x(), ("batch", -2)), G, "-2 is no size to reshape to", None),
+    (
+        lambda: ag.reshape(x(), ("seq", 8)),
+        G,
+        "reshape asks for 'seq', which 'x' has not",
+        "a text stands for a size that the input has by this name; -1 is what is left",
+    ),
+    (
+        lambda: ag.reshape(x(), ("batch", 2.0)),
+        G,
+        "2.0 is no size to reshape to",
+        "a whole number, -1 for what is left, or the name of a size of the input",
+    ),
+    (
+        lambda: ag.reshape(x(), ("batch", -2)),
+        G,
+        "-2 is no size to reshape to",
+        "a whole number, -1 for what is left, or the name of a size of the input",
+    ),
     (lambda: ag.reshape(x(), ("batch", 3, -1)), S, "reshape does not fit what it reads", ANY),
     (lambda: ag.transpose(x(), 1), G, "transpose takes a tuple of dimensions, not 1", None),
-    (lambda: ag.concatenate([x(), x(name="y")], dim=-3), S, "'x' has no dimension -3", None),
-    (lambda: ag.transpose(x(), (0, 2)), S, "'x' has no dimension 2", None),
+    (lambda: ag.concatenate([x(), x(name="y")], dim=-3), S, "'x' has no dimension -3", "from -2 to 1"),
+    (lambda: ag.transpose(x(), (0, 2)), S, "'x' has no dimension 2", "from -2 to 1"),
     (lambda: ag.transpose(x(), (0, True)), G, "a dimension is a whole number, not True", None),
     (lambda: ag.transpose(x(), (0, 0)), S, "transpose does not fit what it reads", ANY),
     (lambda: ag.flatten(x(8)), S, "flatten does not fit what it reads", ANY),
@@ -442,13 +480,13 @@ ADAPTERS = [
         lambda: Adapter.wrap(x("batch", None)),
         S,
         "an adapter needs a layer whose last size is known; 'x' gives batch × ?",
-        None,
+        "wrap a layer whose last size is a number",
     ),
     (
         lambda: Adapter.wrap(ids()),
         S,
         "an adapter needs a layer whose last size is known; 'ids' gives batch × seq",
-        None,
+        "wrap a layer whose last size is a number",
     ),
     (lambda: ag.Bottleneck(0), G, "Bottleneck(size=0): Input should be greater than 0", None),
     (lambda: ag.Bottleneck(True), G, "Bottleneck(size=True): Input should be a valid integer", None),
@@ -518,7 +556,12 @@ GRAPHS = [
     (lambda: chain().select([]), U, "the list of selectors is empty: it selects no node", None),
     (lambda: chain().select(5), G, "a selector is a string, a predicate or a list of these, not 5", None),
     (lambda: chain().select(["a", 5]), G, "a selector is a string, a predicate or a list of these, not 5", None),
-    (lambda: chain().select(lambda n: False), U, "the predicate selects no node", None),
+    (
+        lambda: chain().select(lambda n: False),
+        U,
+        "the predicate selects no node",
+        'it is asked once for each node: graph.select(lambda node: node.op == "linear")',
+    ),
     (
         lambda: chain().select("{a"),
         G,
@@ -531,7 +574,12 @@ GRAPHS = [
         "[x] in the selector 'a[x]' is no range of numbers",
         "write [0-5] for a range, {a,b} for alternatives; a dot before a number: layer.0",
     ),
-    (lambda: chain().select("a[3-1]"), G, "the range 3-1 in the selector 'a[3-1]' is empty or too long", None),
+    (
+        lambda: chain().select("a[3-1]"),
+        G,
+        "the range 3-1 in the selector 'a[3-1]' is empty or too long",
+        "the smaller number first: [0-11]",
+    ),
     (
         lambda: chain().select("*").expect(7),
         U,
@@ -546,7 +594,12 @@ GRAPHS = [
     (lambda: chain().freeze(lambda n: True), G, ANY, None),
     (lambda: chain().freeze(5), G, "a selector is a string, a predicate or a list of these, not 5", None),
     (lambda: chain().freeze([5]), G, "freeze and unfreeze take patterns of names, not 5", None),
-    (lambda: codes().unfreeze("q"), G, "'q.codes' holds whole numbers (torch.int8): it cannot be trained", None),
+    (
+        lambda: codes().unfreeze("q"),
+        G,
+        "'q.codes' holds whole numbers (torch.int8): it cannot be trained",
+        "leave it out of the pattern",
+    ),
 ]
 
 BODY = "take it out first: graph.unsplice('a.adapter')"
@@ -606,18 +659,23 @@ SPLICES = [
         "'lstm' gives no single tensor: a body has nothing to work on",
         "splice at a node that reads it",
     ),
-    (lambda: chain().splice("a", lambda s: 5), B, "the method at 'a' returned 5, not a node", None),
+    (
+        lambda: chain().splice("a", lambda s: 5),
+        B,
+        "the method at 'a' returned 5, not a node",
+        "end it with return node: a method is a function site -> Node",
+    ),
     (
         lambda: chain().splice("a", lambda s: s.output),
         B,
         "the method at 'a' returned 'a', which is there already: it added no node",
-        None,
+        "return a node made from it: ag.dense(site.output, …)",
     ),
     (
         lambda: chain().splice("a", lambda s: OTHER["a"]),
         B,
         "the method at 'a' returned 'a', which is there already: it added no node",
-        None,
+        "return a node made from it: ag.dense(site.output, …)",
     ),
     (
         lambda: chain().splice("a", lambda s: ag.dense(s.output, 7)),
@@ -635,7 +693,7 @@ SPLICES = [
         lambda: chain().splice("a", lambda s: s.output + x(name="z")),
         B,
         "the body 'a.adapter' reads a new input 'z'",
-        None,
+        "declare the input in the graph itself, or make it a constant or a param",
     ),
     (
         lambda: chain().splice("a", lambda s: s.output + ag.relu(OTHER["a"])),
@@ -673,7 +731,12 @@ SPLICES = [
         "two different nodes are called 'a.adapter.d'",
         ANY,
     ),
-    (lambda: chain().unsplice(), U, "this graph has no body to take out", None),
+    (
+        lambda: chain().unsplice(),
+        U,
+        "this graph has no body to take out",
+        "splice first; graph.bodies holds what is there",
+    ),
     (lambda: adapted().unsplice("b"), U, "'b' is no body of this graph", ANY),
     (lambda: adapted().unsplice("*.adaptor"), U, "'*.adaptor' selects no body", "use the nearest name"),
     (lambda: adapted().unsplice(["a", "b"]), U, "'b' is no body of this graph", ANY),
@@ -685,7 +748,12 @@ SPLICES = [
         "take out what reads it first",
     ),
     (lambda: chain().replace("a", 5), G, "a node is replaced by a node, not 5", None),
-    (lambda: chain().replace("a", ag.dense(chain()["x"], 7)), S, "the new node does not fit in the place of 'a'", None),
+    (
+        lambda: chain().replace("a", ag.dense(chain()["x"], 7)),
+        S,
+        "the new node does not fit in the place of 'a'",
+        "end it with the old shape and dtype, or change what reads it as well: graph.rewrite_nodes",
+    ),
     (
         lambda: chain().replace("act", ag.relu(OTHER["a"])),
         B,
@@ -730,7 +798,7 @@ SPLICES = [
         lambda: ag.Graph({"a": ag.relu(ag.dense(x(), 8, name="a"))}).tap("a"),
         D,
         "there is another output called 'a'",
-        None,
+        "give the tap another name",
     ),
     (
         lambda: traced().remove("fc"),
@@ -784,7 +852,7 @@ SPLICES = [
         lambda: traced().splice(ag.span("other", "fc"), ag.Bottleneck(2, parallel=True)),
         B,
         "the span starts at 'other', which runs after its end",
-        None,
+        "ag.span('fc', 'other')",
     ),
     (
         lambda: traced().splice("idle", ag.Bottleneck(2)),
@@ -796,13 +864,19 @@ SPLICES = [
         lambda: traced()["idle"],
         U,
         "'idle' is never called: it has no output",
-        None,
+        "take a module that runs: graph.summary() shows them",
     ),
     (
         lambda: traced().splice("arg", ag.Bottleneck(2)),
         B,
         "'arg' (ArgMax) returns no float tensor: a body has nothing to work on",
-        None,
+        "splice at a module or operation that gives floats",
+    ),
+    (
+        lambda: ag.trace(Best(), torch.ones(2, 8)).splice("top:1", ag.Bottleneck(2)),
+        B,
+        "'top:1' is no float tensor but torch.int64: a body has nothing to work on",
+        "splice at a module or operation that gives floats",
     ),
     (
         lambda: ag.trace(nn.Linear(8, 8), torch.ones(1, 8)).splice("Linear", ag.Bottleneck(2)),

@@ -184,7 +184,7 @@ def test_checkpointed_layers_give_the_gradients_of_plain_ones(kind, reentrant):
 
 def inside(site):
     """A body at the end that reads a value from the inside of a layer."""
-    tapped = site.graph[site.graph.output_of("model.layers.0.mlp").name]
+    tapped = site.graph["model.layers.0.mlp"]
     return site.output + ag.dense(tapped, 32, name="up")
 
 

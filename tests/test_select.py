@@ -76,8 +76,8 @@ def test_patterns_one_by_one(text, yes, no):
 
 def test_a_container_is_its_output():
     graph = encoder()
-    assert graph.output_of("encoder.layer.1").name == "encoder.layer.1.norm"
-    assert graph.output_of("encoder.layer.1.output").name == "encoder.layer.1.output.dense"
+    assert graph["encoder.layer.1"].name == "encoder.layer.1.norm"
+    assert graph["encoder.layer.1.output"].name == "encoder.layer.1.output.dense"
     assert "encoder.layer.1.attention" not in graph.selectable, "two ways out: it has no output"
 
 
@@ -87,7 +87,7 @@ def test_a_container_stays_when_bodies_come():
     for at in ("encoder.layer.1", "encoder.layer.1.norm", "encoder.layer.1.output.dense", "encoder.layer.*"):
         spliced = graph.splice(at, ag.Bottleneck(2))
         assert set(graph.selectable) <= set(spliced.selectable)
-        assert spliced.output_of("encoder.layer.1").name == "encoder.layer.1.norm"
+        assert spliced["encoder.layer.1"].name == "encoder.layer.1.norm"
 
 
 def test_expect_pins_the_count():

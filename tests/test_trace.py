@@ -185,7 +185,7 @@ def test_the_edges_of_a_layer_known_by_hand(traced):
         *(f"bert.encoder.layer.1.attention.self.{p}" for p in ("query", "key", "value")),
         "bert.encoder.layer.1.attention.output/add",
     )
-    assert graph.output_of("bert.encoder.layer.0").name == f"{output}.LayerNorm"
+    assert graph["bert.encoder.layer.0"].name == f"{output}.LayerNorm"
 
 
 def test_the_edges_of_the_torch_encoder_known_by_hand(traced):

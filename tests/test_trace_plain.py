@@ -461,3 +461,22 @@ def test_frames_of_one_jagged_batch():
     graph = ag.trace(Plain(forward), rows)
     assert graph["a"].inputs == ("x",)
     assert "a" in graph[graph.output_names()[0]].inputs
+
+
+def test_a_second_fake_tensor_is_what_view_as_gives():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from adaptergraph.memory import another
+
+    with FakeTensorMode(), torch.no_grad():
+        tensor = torch.empty(3, 5).t()
+        one, other = another(tensor), tensor.view_as(tensor)
+        tensor.add_(1)
+        for new in (one, other):
+            assert new is not tensor
+            assert (new.shape, new.stride(), new.device, new._version) == ((5, 3), (1, 5), torch.device("cpu"), 1)
+            assert new.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+        # a constant still knows its value
+        assert another(torch.tensor(7.0)).item() == 7.0
+    with FakeTensorMode():
+        assert another(torch.empty(2, requires_grad=True)).grad_fn is not None

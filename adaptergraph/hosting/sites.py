@@ -295,7 +295,11 @@ def detach(model: nn.Module) -> nn.Module:
     model = _inside(model)
     record = attachment(model)
     if record is None:
-        raise GraphError(f"nothing is attached to this {type(model).__name__}", source=here())
+        raise GraphError(
+            f"nothing is attached to this {type(model).__name__}",
+            source=here(),
+            hint="give the model that graph.compile() returned",
+        )
     for name in _around(record):
         if _is_changed(model, record, name):
             raise GraphError(

@@ -272,6 +272,7 @@ def attention(
                 node=name,
                 sides=[("reads", node.name or node.op, format_shape(node.shape))],
                 source=here(),
+                hint='reshape it: ag.reshape(x, ("batch", -1, size))',
             )
     heads = check_size(num_heads, "num_heads", name)
     options = {"num_heads": heads, "dropout": check_rate(dropout, name), "causal": check_flag(causal, "causal", name)}
@@ -325,12 +326,18 @@ def reshape(x: Node, shape: Sequence[Dim], *, name: str | None = None) -> Node:
                     node=name,
                     sides=[("reads", x.name or x.op, format_shape(known))],
                     source=source,
+                    hint="a text stands for a size that the input has by this name; -1 is what is left",
                 )
             sizes.append((known.index(dim),))
         elif isinstance(dim, int) and not isinstance(dim, bool) and dim >= -1:
             sizes.append(dim)
         else:
-            raise GraphError(f"{dim!r} is no size to reshape to", node=name, source=source)
+            raise GraphError(
+                f"{dim!r} is no size to reshape to",
+                node=name,
+                source=source,
+                hint="a whole number, -1 for what is left, or the name of a size of the input",
+            )
     return make("reshape", [x], name, {"sizes": tuple(sizes)})
 
 

@@ -178,11 +178,21 @@ def cond(pred: Node, true: Node, false: Node, *, name: str | None = None) -> Nod
         )
     sides = [(s, n.name or n.op, format_shape(n.shape), str(n.dtype)) for s, n in (("true", true), ("false", false))]
     if (true.shape, true.dtype) != (false.shape, false.dtype):
-        raise ShapeMismatch("the branches of cond differ", node=name, sides=sides, source=source)
+        raise ShapeMismatch(
+            "the branches of cond differ",
+            node=name,
+            sides=sides,
+            source=source,
+            hint="end both in the same shape and dtype",
+        )
     if (pred.shape or ()) != (true.shape or ())[: len(pred.shape or ())]:
         row = ("pred", pred.name or pred.op, format_shape(pred.shape), str(pred.dtype))
         raise ShapeMismatch(
-            "cond asks a scalar, or one boolean for each row", node=name, sides=[row, *sides], source=source
+            "cond asks a scalar, or one boolean for each row",
+            node=name,
+            sides=[row, *sides],
+            source=source,
+            hint="reduce it to one boolean, or to one for each row of the branches: ag.nx(x, lambda x: x.mean(-1) > 0)",
         )
     return make("cond", [pred, true, false], name, {})
 
@@ -227,6 +237,7 @@ def or_else(x: Node, other: Node, *, name: str | None = None) -> Node:
             node=name,
             sides=[(n.name or n.op, format_shape(n.shape), str(n.dtype)) for n in (x, other)],
             source=here(),
+            hint="give a node of the shape and dtype of the input",
         )
     return make("or_else", [x, other], name, {})
 

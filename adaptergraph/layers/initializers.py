@@ -41,7 +41,11 @@ def check_initializer(value: Any, shape: tuple[int, ...], what: str) -> Any:
         return value
     if isinstance(value, str) and value in INITIALIZERS:
         if value in _MATRIX and len(shape) < 2:
-            raise GraphError(f"the initializer {value!r} fills matrices, not {what} of shape {shape}", source=here())
+            raise GraphError(
+                f"the initializer {value!r} fills matrices, not {what} of shape {shape}",
+                source=here(),
+                hint="'zeros', 'ones', a deviation such as 0.02, or a function that fills the tensor in place",
+            )
         return value
     hint = suggestion(value, INITIALIZERS) if isinstance(value, str) else None
     raise GraphError(f"unknown initializer {value!r}", source=here(), hint=hint)

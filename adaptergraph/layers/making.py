@@ -84,7 +84,10 @@ def check_inputs(op: str, inputs: Sequence[Any], source: Source | None) -> None:
             )
         if node.shape is None:
             raise GraphError(
-                f"{op} reads {node.name or node.op!r}, which gives no single tensor", node=node.name, source=source
+                f"{op} reads {node.name or node.op!r}, which gives no single tensor",
+                node=node.name,
+                source=source,
+                hint="read one of its outputs",
             )
         check_present(op, node, source)
         if i < floats and node.dtype is not None and not (node.dtype.is_floating_point or node.dtype.is_complex):
@@ -139,6 +142,7 @@ def check_axis(value: Any, x: Any, name: str | None) -> int:
             node=name,
             sides=[("reads", x.name or x.op, format_shape(shape))],
             source=here(),
+            hint=f"from {-len(shape)} to {len(shape) - 1}",
         )
     return value
 

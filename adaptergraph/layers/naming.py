@@ -93,6 +93,7 @@ def shared(node: Node, share: Any) -> Node:
             node=share.name,
             sides=[(p, f"shared {theirs.get(p, '–')}", f"needed {mine.get(p, '–')}") for p in {**theirs, **mine}],
             source=source,
+            hint="shared layers read the same last size and have the same own size",
         )
     other = _settings(share.options)
     wrong = [k for k, v in _settings(node.options).items() if repr(other.get(k)) != repr(v)]
@@ -102,6 +103,7 @@ def shared(node: Node, share: Any) -> Node:
             node=share.name,
             sides=[("first", str(other.get(wrong[0]))), ("this", str(node.options[wrong[0]]))],
             source=source,
+            hint="make both with the same options, or leave share= out",
         )
     return replace(node, options=share.options, shares=share.shares or share, name=None)
 

@@ -197,6 +197,7 @@ def _recurrent(
                         ("needed", node.name or node.op, format_shape(shape)),
                     ],
                     source=here(),
+                    hint="a state is batch × size, a mask batch × seq",
                 )
     if isinstance(share, Node) and share.op == "item":
         share = share.inputs[0] if share.graph is None else share.graph[share.inputs[0]]

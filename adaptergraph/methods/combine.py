@@ -239,6 +239,7 @@ class Fusion(_Combination):
                 f"Fusion needs a host whose last size is known; {site.name!r} gives {format_shape(x.shape)}",
                 node=site.name,
                 source=site.source,
+                hint="splice it where the last size is a number",
             )
         parts = [_below(_contribution(self, m, n, site), n, site) for n, m in self.branches.items()]
         stacked = choice.stack(parts, name="stacked")
@@ -302,7 +303,11 @@ def _is_number(value: Any) -> bool:
 def _several(combination: Any) -> tuple[Any, ...]:
     kind, given = type(combination).__name__, combination.methods
     if not isinstance(given, tuple | list) or not given:
-        raise GraphError(f"{kind} takes one or more methods, not {given!r}", source=here())
+        raise GraphError(
+            f"{kind} takes one or more methods, not {given!r}",
+            source=here(),
+            hint=f"{kind}(ag.Bottleneck(16), ag.Bottleneck(8))",
+        )
     for value in given:
         _check_method(kind, value)
     return tuple(given)
@@ -353,7 +358,12 @@ def _fitting(combination: Any, apply: Callable[[Site], Any], name: str, site: Si
     kind, result = type(combination).__name__, apply(site)
     if not isinstance(result, Node) or result.graph is not None or result is site.output:
         what = "added no node" if isinstance(result, Node) else f"returned {result!r}, not a node"
-        raise BadSplice(f"branch {name!r} of {kind} at {site.name!r} {what}", node=site.name, source=site.source)
+        raise BadSplice(
+            f"branch {name!r} of {kind} at {site.name!r} {what}",
+            node=site.name,
+            source=site.source,
+            hint="a branch returns a node that it made from site.output",
+        )
     if (result.shape, result.dtype) != (site.output.shape, site.output.dtype):
         raise ShapeMismatch(
             f"branch {name!r} of {kind} does not fit its host",

@@ -55,7 +55,12 @@ def starts_of(graph: Graph, at: Selector, source: Source | None) -> dict[str, st
                     hint="start it at the module whose input the body is to read",
                 )
             if rank[graph.calls_of(first)[0]] > rank[graph.calls_of(last)[0]]:
-                raise BadSplice(f"the span starts at {first!r}, which runs after its end", node=last, source=source)
+                raise BadSplice(
+                    f"the span starts at {first!r}, which runs after its end",
+                    node=last,
+                    source=source,
+                    hint=f"ag.span({last!r}, {first!r})",
+                )
             found[last] = first
     return found
 
@@ -155,12 +160,16 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
             f"{host!r} ({module.cls}) returns no float tensor: a body has nothing to work on",
             node=host,
             source=source,
+            hint="splice at a module or operation that gives floats",
         )
     for value in values:
         dtype = graph._nodes[value].dtype
         if dtype is None or not dtype.is_floating_point:
             raise BadSplice(
-                f"{host!r} is no float tensor but {dtype}: a body has nothing to work on", node=host, source=source
+                f"{host!r} is no float tensor but {dtype}: a body has nothing to work on",
+                node=host,
+                source=source,
+                hint="splice at a module or operation that gives floats",
             )
 
 

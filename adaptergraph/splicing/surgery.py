@@ -83,7 +83,12 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     """See `Graph.splice`."""
     source = here()
     if "." in check_name(name, source):
-        raise GraphError(f"the name of a body is one word, not {name!r}", node=name, source=source)
+        raise GraphError(
+            f"the name of a body is one word, not {name!r}",
+            node=name,
+            source=source,
+            hint='letters, digits and _: name="adapter"',
+        )
     apply = getattr(method, "apply", method)
     if isinstance(method, torch.nn.Module):
         raise BadSplice(
@@ -266,12 +271,18 @@ class _Splicing:
         handle = _handle(draft, value)
         result = apply(Site(host, handle, _readable(draft.graph), inputs, self.where, source))
         if not isinstance(result, Node):
-            raise BadSplice(f"the method at {host!r} returned {result!r}, not a node", node=host, source=source)
+            raise BadSplice(
+                f"the method at {host!r} returned {result!r}, not a node",
+                node=host,
+                source=source,
+                hint="end it with return node: a method is a function site -> Node",
+            )
         if result.graph is not None:
             raise BadSplice(
                 f"the method at {host!r} returned {result.name!r}, which is there already: it added no node",
                 node=host,
                 source=source,
+                hint="return a node made from it: ag.dense(site.output, …)",
             )
         new = self.named(result)
         if (result.shape, result.dtype) != (handle.shape, handle.dtype):
@@ -297,7 +308,12 @@ class _Splicing:
         done: list[Node] = []
         for node in order:
             if node.op == "input":
-                raise BadSplice(f"the body {body!r} reads a new input {node.name!r}", node=body, source=source)
+                raise BadSplice(
+                    f"the body {body!r} reads a new input {node.name!r}",
+                    node=body,
+                    source=source,
+                    hint="declare the input in the graph itself, or make it a constant or a param",
+                )
             relative = node.name or unnamed(node.op, counts, taken)
             taken.add(relative)
             names[id(node)] = full = f"{body}.{check_name(relative, node.source)}"

@@ -18,7 +18,9 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
     """See `Graph.unsplice`."""
     source = here()
     if not graph.bodies:
-        raise UnknownNode("this graph has no body to take out", source=source)
+        raise UnknownNode(
+            "this graph has no body to take out", source=source, hint="splice first; graph.bodies holds what is there"
+        )
     below: dict[str, list[str]] = {}
     for name, body in graph.bodies.items():
         for key in {name, body.host}:

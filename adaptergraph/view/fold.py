@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from ..graph import Graph
+from ..shapes import uncollected
 from .boxes import Boxes, Draft, Edge
 from .data import Box, Frame, Link, Row, Sums, View
 from .describe import Describe, additions, prefix_of, relative, tail
@@ -37,18 +38,19 @@ def view(
     Raises:
         UnknownNode: a name in `open` or `mark` is not in the graph.
     """
-    outline = Outline(graph)
-    opened = [outline.find(name) for name in ([open] if isinstance(open, str) else open)]
-    marked = {name: outline.find(name) for name in ([mark] if isinstance(mark, str) else mark)}
-    special = {*marked, *(item.path for item in opened)}
-    runs = Repeats(graph, outline, special).find() if fold and not nodes else []
-    if nodes:
-        outline.everything()
-    else:
-        inside = {item for top in opened for item in top.below()}
-        outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
-    boxes = Boxes(graph, outline, special)
-    return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
+    with uncollected():
+        outline = Outline(graph)
+        opened = [outline.find(name) for name in ([open] if isinstance(open, str) else open)]
+        marked = {name: outline.find(name) for name in ([mark] if isinstance(mark, str) else mark)}
+        special = {*marked, *(item.path for item in opened)}
+        runs = Repeats(graph, outline, special).find() if fold and not nodes else []
+        if nodes:
+            outline.everything()
+        else:
+            inside = {item for top in opened for item in top.below()}
+            outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
+        boxes = Boxes(graph, outline, special)
+        return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
 
 
 def _wanted(
