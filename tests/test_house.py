@@ -35,6 +35,7 @@ FLOORS = {
     "switch": 4,
     "tasks": 4,
     "compiler": 4,
+    "consistency": 5,
     "exchange": 5,
     "branches": 5,
     "storage": 5,
