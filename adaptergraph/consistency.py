@@ -6,6 +6,7 @@ what a trace or a splice makes true, so that later code may rely on it. Each tab
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .node import Node, Param, format_shape
 from .splicing.hosts import refuse
 from .splicing.scopes import Scopes
 
-HINT = "the file was changed by hand, or is of another version: write it again with graph.to_json()"
+HINT = "it was changed by hand, or is of another version: write it again"
 
 
 def check_consistency(graph: Graph) -> None:
@@ -86,6 +87,12 @@ def _check_options(node: Node) -> None:
             raise wrong(f"{name!r} has {dict(options)}, not a number as its default", name)
     if node.op == "switch":
         _check_switch(node)
+    # they become words of generated code
+    strange = [key for key in options if not key.isidentifier() or keyword.iskeyword(key)]
+    if strange or (
+        node.op == "item" and not (options.keys() == {"index", "part"} and isinstance(options["part"], str))
+    ):
+        raise wrong(f"{name!r} has the options {', '.join(map(repr, options))}", name)
     for key, value in options.items():
         own = node.params.get("" if key == "init" else key.removesuffix("_init"))
         if not key.endswith("init") or (own is None and not key.endswith("_init")):
@@ -414,15 +421,20 @@ class _Bodies:
         self.check_copies(body)
 
     def check_copies(self, body: Body) -> None:
-        """At each call of its host a body has the same nodes, called `x`, `x@1`, …"""
+        """At each call of its host a body has the same nodes, called `x`, `x@1`, …, that read the same of it."""
         first = [node for node in self.members[body.name] if "@" not in (node.name or "")]
-        expected = {_called(node.name or "", index): node for index in range(len(body.calls)) for node in first}
-        if len(expected) != len(self.members[body.name]):
+        own = {node.name for node in first}
+        if len(first) * len(body.calls) != len(self.members[body.name]):
             raise wrong(f"bodies: {body.name!r} has not the same nodes at each call of its host", body.name)
-        for node in self.members[body.name]:
-            same = expected.get(node.name or "")
-            if same is None or (same.op, len(same.inputs), same.params) != (node.op, len(node.inputs), node.params):
-                raise wrong(f"{node.name!r} is no copy of a node of the body {body.name!r}", node.name)
+        for index, (read, _) in enumerate(body.calls):
+            for node in first:
+                copy = self.nodes.get(_called(node.name or "", index))
+                ways = [_called(i, index) if i in own else read if i == body.calls[0][0] else "" for i in node.inputs]
+                if copy is None or copy.body != body.name or len(copy.inputs) != len(ways):
+                    raise wrong(f"{node.name!r} has no copy at call {index} of {body.host!r}", node.name)
+                for way, value in zip(ways, copy.inputs, strict=True):
+                    if value != way if way else self.nodes[value].body == body.name:
+                        raise wrong(f"{copy.name!r} does not read what {node.name!r} reads", copy.name)
 
     def check_reads(self) -> None:
         """From outside only what a body gives is read."""

@@ -16,7 +16,7 @@ import torch
 
 from .bodies import Body, Splice
 from .collect import Code
-from .consistency import check_consistency, wrong
+from .consistency import HINT, check_consistency, wrong
 from .errors import GraphError, here, suggestion
 from .graph import Graph
 from .imported import Call, Imported, Module
@@ -143,7 +143,7 @@ def parsed(kind: type[Strict], text: str | bytes, what: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise GraphError(f"{what} is not readable: {place}: {first['msg']}", source=here()) from None
+        raise GraphError(f"{what} is not readable: {place}: {first['msg']}", source=here(), hint=HINT) from None
 
 
 # ---------------------------------------------------------------------- methods
@@ -190,9 +190,8 @@ def method_from_json(data: Mapping[str, Any]) -> Any:
     """The method that `method_to_json` wrote."""
     options = dict(data)
     name = options.pop("method", None)
-    if name not in METHODS:
-        hint = suggestion(name, METHODS) if isinstance(name, str) else None
-        raise GraphError(f"there is no method {name!r}", source=here(), hint=hint)
+    if not isinstance(name, str) or name not in METHODS:
+        raise GraphError(f"there is no method {name!r}", source=here(), hint=suggestion(str(name), METHODS))
     return METHODS[name](**{option: _from_nested(value) for option, value in options.items()})
 
 
@@ -297,7 +296,7 @@ def dtype_from(text: str) -> torch.dtype:
     """A dtype by its name in torch."""
     dtype = getattr(torch, text, None) if text.isidentifier() else None
     if not isinstance(dtype, torch.dtype):
-        raise GraphError(f"there is no dtype {text!r}", source=here())
+        raise GraphError(f"there is no dtype {text!r}", source=here(), hint="as torch calls it: 'float32'")
     return dtype
 
 
@@ -428,7 +427,7 @@ def _parameter(item: NodeText, shape: Any, dtype: torch.dtype | None) -> Param:
 def _constant(item: NodeText, shape: Any, dtype: torch.dtype | None) -> torch.Tensor:
     given = item.options.get("value")
     try:
-        value = torch.tensor(given["tensor"], dtype=dtype_from(given["dtype"]))  # type: ignore[index]
+        value = torch.tensor(given["tensor"], dtype=dtype_from(str(given["dtype"])))  # type: ignore[index]
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         text = str(error).strip().splitlines() or [""]
         raise wrong(
