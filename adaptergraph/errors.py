@@ -38,7 +38,9 @@ def here() -> Source | None:
     frame = sys._getframe(1)
     while frame is not None:
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in (_PACKAGE, "pydantic", "torch") and not frame.f_code.co_filename.startswith("<"):
+        if package not in (_PACKAGE, "contextlib", "pydantic", "torch") and not frame.f_code.co_filename.startswith(
+            "<"
+        ):
             return Source(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None

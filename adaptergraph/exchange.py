@@ -6,28 +6,32 @@ Nothing in a file is run: ops are looked up in the table, names are checked, sha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 
 from .bodies import Body, Splice
 from .collect import Code
+from .consistency import HINT, check_consistency, wrong
 from .errors import GraphError, here, suggestion
 from .graph import Graph
 from .imported import Aside, Call, Imported, Module
 from .layers.table import OPS, runnable
 from .lower import HALF
 from .methods import METHODS
-from .names import check_imported_name, check_input_name, check_name
+from .names import check_imported_name, check_input_name, check_name, path_of
 from .node import Node, Param
 from .select import Span
 from .shapes import Spec, Value, infer, uncollected
 
+FURTHER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 Name = str
-Dims = list[str | int | None]
+Size = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Dims = list[str | Size | None]
 
 
 class Strict(pydantic.BaseModel):
@@ -37,10 +41,16 @@ class Strict(pydantic.BaseModel):
 
 
 class ParamText(Strict):
-    """Shape and dtype of a parameter."""
+    """Shape and dtype of a parameter, or of an argument."""
 
-    shape: list[pydantic.PositiveInt | Literal[0]]
+    shape: list[Size]
     dtype: str
+
+
+class ValueText(Strict):
+    """An argument that is no tensor."""
+
+    value: str | bool | int | float | None
 
 
 class NodeText(Strict):
@@ -108,7 +118,7 @@ class ImportedText(Strict):
     readers: dict[Name, Name] = {}
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
-    example: dict[str, dict[str, Any]] | None = None
+    example: dict[str, ParamText | ValueText] | None = None
 
 
 class GraphText(Strict):
@@ -134,7 +144,7 @@ def parsed(kind: type[Strict], text: str | bytes, what: str) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise GraphError(f"{what} is not readable: {place}: {first['msg']}", source=here()) from None
+        raise GraphError(f"{what} is not readable: {place}: {first['msg']}", source=here(), hint=HINT) from None
 
 
 # ---------------------------------------------------------------------- methods
@@ -181,9 +191,8 @@ def method_from_json(data: Mapping[str, Any]) -> Any:
     """The method that `method_to_json` wrote."""
     options = dict(data)
     name = options.pop("method", None)
-    if name not in METHODS:
-        hint = suggestion(name, METHODS) if isinstance(name, str) else None
-        raise GraphError(f"there is no method {name!r}", source=here(), hint=hint)
+    if not isinstance(name, str) or name not in METHODS:
+        raise GraphError(f"there is no method {name!r}", source=here(), hint=suggestion(str(name), METHODS))
     return METHODS[name](**{option: _from_nested(value) for option, value in options.items()})
 
 
@@ -247,7 +256,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
 
 
 def _option(value: Any, node: Node) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_complex():
         return {"tensor": value.tolist(), "dtype": _dtype(value.dtype)}
     if isinstance(value, tuple | list):
         return [_option(v, node) for v in value]
@@ -289,7 +298,7 @@ def dtype_from(text: str) -> torch.dtype:
     """A dtype by its name in torch."""
     dtype = getattr(torch, text, None) if text.isidentifier() else None
     if not isinstance(dtype, torch.dtype):
-        raise GraphError(f"there is no dtype {text!r}", source=here())
+        raise GraphError(f"there is no dtype {text!r}", source=here(), hint="as torch calls it: 'float32'")
     return dtype
 
 
@@ -299,6 +308,8 @@ def graph_from_json(text: str) -> Graph:
     data: GraphText = parsed(GraphText, text, "the graph")
     imported = data.imported
     table: dict[str, Node] = {}
+    items: dict[str, NodeText] = {}
+    bodies: dict[str, Body] = {}
     seen: dict[str, Node] = {}  # as bodies see them: on a half-precision model they compute in float32
     for item in data.nodes:
         hosted = imported is not None and item.body is None
@@ -308,13 +319,23 @@ def graph_from_json(text: str) -> Graph:
         missing = [i for i in item.inputs if i not in table]
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
-        node = table[item.name] = _host_node(item) if hosted else _own_node(item, seen)
+        if hosted:
+            node = _host_node(item)
+        elif imported is not None and (first := items.get(path_of(item.name))) is not None:
+            node = _further(item, first, table[first.name])
+        else:
+            node = _own_node(item, seen)
+        table[item.name], items[item.name] = node, item
         seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
+    for b in data.bodies:
+        if b.name in bodies:
+            raise wrong(f"two bodies are called {b.name!r}", b.name)
+        bodies[b.name] = Body(b.name, b.host, b.where, tuple((r, w) for r, w in b.calls))
     outputs: Any = _outputs(data.outputs)
     graph = Graph._of(
         nodes=table,
         outputs=outputs,
-        bodies={b.name: Body(b.name, b.host, b.where, tuple((r, w) for r, w in b.calls)) for b in data.bodies},
+        bodies=bodies,
         splices=tuple(
             Splice(selector_from_json(s.at), method_from_json(s.method), s.name, s.where, tuple(s.hosts or ()))
             for s in data.splices
@@ -322,8 +343,8 @@ def graph_from_json(text: str) -> Graph:
         imported=_imported_from_json(imported) if imported is not None else None,
         overrides=data.trained,
     )
-    _check_tables(graph)
-    return graph.check()
+    check_consistency(graph.check())
+    return graph
 
 
 def _outputs(value: Any) -> Any:
@@ -339,17 +360,8 @@ def _outputs(value: Any) -> Any:
 def _check_own_name(name: str) -> None:
     path, at, call = name.partition("@")
     check_name(path)
-    if at and not (call.isascii() and call.isdigit()):
-        raise GraphError(f"the graph is not readable: {name!r} is no name of a further call", node=name)
-
-
-def _check_tables(graph: Graph) -> None:
-    for body in graph.bodies.values():
-        for value in (v for call in body.calls for v in call):
-            graph[value]
-    unknown = [p for p in graph._overrides if p not in graph.params]
-    if unknown:
-        raise GraphError(f"the graph is not readable: {unknown[0]!r} is no parameter of it")
+    if at and not FURTHER.fullmatch(call):
+        raise wrong(f"{name!r} is no name of a further call", name, hint="the second call of 'fc' is 'fc@1'")
 
 
 def _value(value: Any) -> Any:
@@ -359,10 +371,20 @@ def _value(value: Any) -> Any:
 def _host_node(item: NodeText) -> Node:
     if not item.op.isidentifier():
         raise GraphError(f"the graph is not readable: {item.op!r} is no op", node=item.name)
+    if item.options:
+        raise wrong(f"{item.name!r} is a node of the model, which has no options", item.name)
     params = {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()}
     shape = None if item.shape is None else tuple(item.shape)
     dtype = None if item.dtype is None else dtype_from(item.dtype)
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
+
+
+def _further(item: NodeText, first: NodeText, node: Node) -> Node:
+    """A node of a body at a further call of its host in a model: the same as at the first, whatever it reads."""
+    same = [(i.op, i.shape, i.dtype, i.options, i.params, i.body) for i in (item, first)]
+    if same[0] != same[1]:
+        raise wrong(f"{item.name!r} is not what {first.name!r} is at the first call", item.name)
+    return replace(node, name=item.name, inputs=tuple(item.inputs))
 
 
 def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
@@ -377,10 +399,9 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
         if item.inputs or not set(options) <= {"optional"}:
             raise GraphError(f"the graph is not readable: the input {item.name!r} has {options}", node=item.name)
     elif item.op == "param":
-        params = {"": Param(tuple(int(d or 0) for d in shape or ()), dtype or torch.float32)}
+        params = {"": _parameter(item, shape, dtype)}
     elif item.op == "constant":
-        given = item.options["value"]
-        options = {"value": torch.tensor(given["tensor"], dtype=dtype_from(given["dtype"]))}
+        options = {"value": _constant(item, shape, dtype)}
     elif item.op in OPS:
         found, params = _computed(item, options, table)
         if found != (shape, dtype):
@@ -393,7 +414,32 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
         raise GraphError(
             f"the graph is not readable: there is no op {item.op!r}", node=item.name, hint=suggestion(item.op, OPS)
         )
+    if {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()} != dict(params):
+        raise wrong(f"{item.name!r} has other parameters than its op {item.op!r} makes", item.name)
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body)
+
+
+def _parameter(item: NodeText, shape: Any, dtype: torch.dtype | None) -> Param:
+    sizes = tuple(d for d in shape or () if isinstance(d, int))
+    if shape is None or dtype is None or len(sizes) != len(shape) or item.inputs:
+        raise wrong(f"the parameter {item.name!r} has the shape {shape}, and reads {item.inputs}", item.name)
+    return Param(sizes, dtype)
+
+
+def _constant(item: NodeText, shape: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    given = item.options.get("value")
+    try:
+        value = torch.tensor(given["tensor"], dtype=dtype_from(str(given["dtype"])))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        text = str(error).strip().splitlines() or [""]
+        raise wrong(
+            f"the constant {item.name!r} is no tensor", item.name, [("it raises", type(error).__name__, text[0])]
+        ) from None
+    if (tuple(value.shape), value.dtype) != (shape, dtype) or item.inputs:
+        raise wrong(
+            f"the constant {item.name!r} holds {tuple(value.shape)} {value.dtype}, not {shape} {dtype}", item.name
+        )
+    return value
 
 
 def _computed(
@@ -427,6 +473,12 @@ def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node])
     return parts[index]
 
 
+def _argument(item: ParamText | ValueText) -> dict[str, Any]:
+    if isinstance(item, ParamText):
+        dtype_from(item.dtype)
+    return item.model_dump()
+
+
 def _imported_from_json(data: ImportedText) -> Imported:
     def call(c: CallText) -> Call:
         parts = tuple((label, node, tuple(path)) for label, node, path in c.parts)
@@ -440,5 +492,5 @@ def _imported_from_json(data: ImportedText) -> Imported:
         readers=data.readers,
         scopes=data.scopes,
         asides=tuple(Aside(*a) for a in data.asides),
-        example=data.example,
+        example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
     )

@@ -170,6 +170,7 @@ def _program(graph: Graph, checked: bool) -> torch.fx.Graph:
         own = program.call_function(getattr, (program.get_attr(next(iter(graph.params))), "dtype"))
         values = {n: program.call_method("to", (v, own)) for n, v in values.items()}
     inside = _switched(graph)
+    _refuse_readers(graph, inside)
     for name, node in graph._nodes.items():
         if node.op == "optional":
             values[name] = _optional(program, graph, name, values)
@@ -271,6 +272,22 @@ def _switched(graph: Graph) -> dict[str, Node]:
     """The bodies that end in a switch, and these; each is called as one module."""
     ends = {written: name for name, body in graph.bodies.items() for _, written in body.calls}
     return {ends[n]: node for n, node in graph._nodes.items() if node.op == "switch" and n in ends}
+
+
+def _refuse_readers(graph: Graph, inside: Mapping[str, Node]) -> None:
+    """What is inside a branch is there for its task only: nothing else can read it, and no graph can return it."""
+    if not inside:
+        return
+    written = {value for body in inside for _, value in graph.bodies[body].calls}
+    reads = [(f"{n!r} reads", i, node.body) for n, node in graph._nodes.items() for i in node.inputs]
+    for who, value, own in [*reads, *(("the graph returns", name, None) for name in graph.output_names())]:
+        body = graph._nodes[value].body
+        if body is not None and body in inside and body != own and value not in written:
+            raise GraphError(
+                f"{who} {value!r}, which is in one branch of the switch {body!r}: it is there for one task only",
+                node=value,
+                hint=f"read what the switch gives: {graph.bodies[body].calls[0][1]!r}",
+            )
 
 
 def _lowered_switch(graph: Graph, switch: Node, prefix: str, start: Mapping[str, Any]) -> Switch:

@@ -73,7 +73,7 @@ class Structure:
         self._forks: dict[str, tuple[str, tuple[str, ...]]] = {}
         # for each value, which others were computed from it, and which not
         self._walked: dict[str, dict[str, str | None]] = {}
-        reads = {name: dict.fromkeys(map(self.host, node.inputs)) for name, node in self.nodes.items()}
+        reads = {name: dict.fromkeys(self._from_hosts(node.inputs)) for name, node in self.nodes.items()}
         self._readers = Counter(v for read in reads.values() for v in read)
         self._parts = {v for name, read in reads.items() if self.nodes[name].op == "output" for v in read}
         for name, node in self.nodes.items():
@@ -81,7 +81,7 @@ class Structure:
         self._attention()
         for name in self._forks:
             self._feed_forward(name)
-        self._heads([self.host(v) for v in graph.output_names()])
+        self._heads(self._from_hosts(graph.output_names()))
         self.roles = {r: dict.fromkeys(sorted(n, key=self.index.__getitem__)) for r, n in self.roles.items()}
 
     def host(self, value: str) -> str:
@@ -89,6 +89,10 @@ class Structure:
         while value in self._hosts:
             value = self._hosts[value]
         return value
+
+    def _from_hosts(self, values: Sequence[str]) -> list[str]:
+        """The hosts' values that these are; what is inside a body is none."""
+        return [v for v in map(self.host, values) if v in self.nodes]
 
     def playing(self, role: str) -> list[str]:
         """The landmarks that play a role."""

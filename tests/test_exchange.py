@@ -167,3 +167,41 @@ def test_an_imported_file_that_cannot_be_right(change, message):
 def test_text_that_is_no_graph(text):
     with pytest.raises(ag.GraphError, match="the graph is not readable"):
         ag.Graph.from_json(text)
+
+
+class Twice(nn.Module):
+    """One layer on two shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x).sum(0) + self.fc(x[:1])[0]
+
+
+def test_a_body_at_calls_of_several_shapes_comes_back():
+    torch.manual_seed(0)
+    model = Twice()
+    graph = ag.trace(model, torch.ones(3, 4)).splice("fc", ag.Bottleneck(2))
+    again = ag.Graph.from_json(graph.to_json())
+    assert again == graph
+    x = torch.randn(3, 4)
+    assert torch.equal(again.compile(model)(x), graph.compile()(x))
+
+
+def test_a_complex_number_has_no_name_in_a_file():
+    two = ag.constant(torch.tensor([2j]), name="two")
+    with pytest.raises(ag.GraphError, match=r"node 'two' holds tensor.*, which has no name in a file"):
+        ag.Graph(ag.add([two, two])).to_json()
+
+
+def test_the_name_of_an_option_is_no_code(tmp_path, monkeypatch):
+    """Options become words of the code of a compiled graph."""
+    monkeypatch.chdir(tmp_path)
+    sequence, _ = ag.lstm(ag.input("x", shape=("b", 2, 4)), 4, name="rnn")
+    data = json.loads(ag.Graph(sequence).to_json())
+    data["nodes"][-1]["options"]["y=__import__('os').system('touch ran'), z"] = 1
+    with pytest.raises(ag.GraphError, match=r"'rnn.sequence' has the options"):
+        ag.Graph.from_json(json.dumps(data)).compile()
+    assert not list(tmp_path.iterdir())

@@ -37,6 +37,7 @@ FLOORS = {
     "switch": 4,
     "tasks": 4,
     "compiler": 4,
+    "consistency": 5,
     "exchange": 5,
     "branches": 5,
     "storage": 5,

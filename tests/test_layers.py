@@ -534,3 +534,10 @@ def test_initial_values_by_name_and_by_function():
     emb = ag.Graph(ag.embedding(x("b", dtype=torch.int64), 50, 20, weight_init=0.1, name="e")).freeze().compile().e
     assert emb.weight.std() == pytest.approx(0.1, rel=0.1)
     assert ag.Graph(x() * ag.param("p", (8,), init=2.0)).freeze().compile().p.std() > 0.5
+
+
+@pytest.mark.parametrize("init", ["identity", "near_identity"])
+def test_an_identity_is_a_matrix(init):
+    x = ag.input("x", shape=("batch", 8, 8, 3))
+    with pytest.raises(ag.GraphError, match=f"'{init}' fills matrices, not the weight of conv of shape"):
+        ag.conv(x, 3, kernel_size=3, weight_init=init, name="c")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 import adaptergraph as ag
+from adaptergraph.structure import Structure
 
 WIDTH = 32
 STATES = torch.randn(2, 5, WIDTH)
@@ -674,3 +675,10 @@ def test_projections_inside_attention_by_torch_are_named():
 def test_counts_are_pinned():
     with pytest.raises(ag.UnknownNode, match="places 'pfeiffer' selects 2 nodes, expected 3"):
         ag.places(stacked(Pre(), Pre()), "pfeiffer").expect(3)
+
+
+def test_what_is_inside_a_body_is_of_no_host():
+    x = ag.input("x", shape=("batch", 4))
+    graph = ag.Graph(ag.relu(ag.dense(x, 4, name="fc"), name="act")).splice("fc", ag.Bottleneck(2))
+    tapped = graph.tap("fc.adapter.down")
+    assert Structure(tapped).kind == Structure(graph).kind

@@ -441,3 +441,12 @@ def test_a_view_is_the_same_each_time():
     graph = stack().splice("blocks.*.down", ag.Bottleneck(2))
     assert view(graph) == view(graph)
     assert isinstance(view(graph).links[0], Link)
+
+
+def test_outputs_in_outputs_are_drawn():
+    x = ag.input("x", shape=("batch", 4))
+    fc = ag.dense(x, 4, name="fc")
+    graph = ag.Graph({"first": {"inner": fc}, "rest": (ag.relu(fc, name="act"), fc)})
+    assert "first, inner, rest, output 1" in graph.dot()
+    assert "rest, output 0" in graph.mermaid()
+    str(graph.summary())

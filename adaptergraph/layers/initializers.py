@@ -31,6 +31,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Any]] = {
 
 # these look at both sizes of a matrix
 _MATRIX = frozenset(INITIALIZERS) - {"zeros", "ones", "uniform", "normal", "truncated_normal"}
+_TWO = frozenset({"identity", "near_identity"})
 
 
 def check_initializer(value: Any, shape: tuple[int, ...], what: str) -> Any:
@@ -40,7 +41,7 @@ def check_initializer(value: Any, shape: tuple[int, ...], what: str) -> Any:
     if isinstance(value, float) and value > 0:
         return value
     if isinstance(value, str) and value in INITIALIZERS:
-        if value in _MATRIX and len(shape) < 2:
+        if (value in _MATRIX and len(shape) < 2) or (value in _TWO and len(shape) != 2):
             raise GraphError(
                 f"the initializer {value!r} fills matrices, not {what} of shape {shape}",
                 source=here(),

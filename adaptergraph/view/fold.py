@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from ..graph import Graph
 from ..shapes import uncollected
@@ -234,15 +234,8 @@ class _Folded:
 
     def _outputs(self, made: Mapping[Draft, Box]) -> tuple[list[Box], list[Link]]:
         """What the graph returns, one box for all that leaves from one place."""
-        outputs = self.graph.outputs
-        if isinstance(outputs, str):
-            pairs = [("output", outputs)]
-        elif isinstance(outputs, dict):
-            pairs = list(outputs.items())
-        else:
-            pairs = [(f"output {i}", name) for i, name in enumerate(outputs)]
         leaving: dict[Draft, list[tuple[str, str]]] = {}
-        for key, name in pairs:
+        for key, name in _labelled(self.graph.outputs):
             draft = self.boxes.box_of.get(name)
             if draft is not None:
                 leaving.setdefault(self.shown[draft], []).append((key, name))
@@ -255,3 +248,13 @@ class _Folded:
             boxes.append(box)
             links.append(Link(made[draft].name, box.name, "plain", draft.item.body))
         return boxes, links
+
+
+def _labelled(outputs: Any, label: str = "") -> Iterator[tuple[str, str]]:
+    """Each output with the words that say where in the structure it is."""
+    if isinstance(outputs, str):
+        yield label or "output", outputs
+        return
+    pairs = outputs.items() if isinstance(outputs, dict) else ((f"output {i}", part) for i, part in enumerate(outputs))
+    for key, part in pairs:
+        yield from _labelled(part, f"{label}, {key}" if label else key)
