@@ -37,7 +37,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """The graph of a model: named modules, the operations between them, shapes; all frozen.
 
     Args:
-        model: any module; it is run once, in eval mode, on fake tensors, and left exactly as it was.
+        model: any module; it is run once, in eval mode, on fake tensors, and left exactly as it was. While that takes
+            its parameters are fake ones: no other thread may run it then.
         args, kwargs: what its forward takes, for example a tokenized sentence. Only shapes and dtypes matter.
 
     Raises:

@@ -323,3 +323,94 @@ def test_bodies_at_two_calls_with_one_value_run_in_splice_order(first, second, w
         return base.block.last(h if where else run(h, which))
 
     torch.testing.assert_close(model(x), block(0) * torch.tanh(block(1)))
+
+
+# ---------------------------------------------------------------------- splices commute
+
+
+class Steps(nn.Module):
+    """`first` is called twice and so is `last`; `wide` is read by both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.first, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        h = torch.tanh(self.wide(x))
+        one = self.first(h)
+        two = self.first(torch.tanh(one))
+        return self.last(torch.relu(self.last(one + h)) + two)
+
+
+def tapping(name):
+    """A body that adds what it makes of an earlier value."""
+    return lambda site: site.output + ag.dense(site.graph[name], 4, name="tapped")
+
+
+def serial(body, h):
+    return h + body.up(torch.relu(body.down(h)))
+
+
+@pytest.mark.parametrize("order", ["tap first", "body first"])
+def test_a_tap_reads_what_the_model_hands_on_whichever_was_spliced_first(order):
+    base, x = Steps(), torch.randn(2, 4)
+    graph = ag.trace(base, x)
+    splices = [("last@1", tapping("wide"), "tap"), ("wide", METHOD, "adapter")]
+    for at, method, name in splices if order == "tap first" else splices[::-1]:
+        graph = graph.splice(at, method, name=name)
+    model = randomise(graph.compile())
+    wide = serial(model.wide.adapter, base.wide(x))
+    h = torch.tanh(wide)
+    one = base.first(h)
+    out = base.last(torch.relu(base.last(one + h)) + base.first(torch.tanh(one)))
+    torch.testing.assert_close(model(x), out + model.last.tap_call1.tapped(wide))
+
+
+@pytest.mark.parametrize("name", ["first", "first@0", "first@1"])
+def test_at_each_call_a_body_reads_the_value_of_that_call_or_of_the_one_it_names(name):
+    base, x = Steps(), torch.randn(2, 4)
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = base.first, base.last
+
+        def forward(self, x):
+            one = self.first(x)
+            two = self.first(torch.tanh(one))
+            return self.last(torch.relu(self.last(one + two)))
+
+    late = Late()
+    model = randomise(ag.trace(late, x).splice("last", tapping(name)).compile())
+    one = base.first(x)
+    two = base.first(torch.tanh(one))
+    tapped = {"first": (one, two), "first@0": (one, one), "first@1": (two, two)}[name]
+    add = model.last.adapter.tapped
+    inner = base.last(one + two) + add(tapped[0])
+    torch.testing.assert_close(model(x), base.last(torch.relu(inner)) + add(tapped[1]))
+
+
+def test_one_value_by_both_of_its_names_is_refused():
+    graph = ag.trace(Steps(), torch.randn(2, 4))
+
+    def both(site):
+        return site.output + ag.dense(site.graph["wide"] + site.graph["wide@0"], 4, name="tapped")
+
+    with pytest.raises(ag.BadSplice, match=r"reads 'wide' as the value of each call and of the first one") as caught:
+        graph.splice("last", both)
+    assert "with @0 or without" in str(caught.value)
+
+
+@pytest.mark.parametrize("order", ["span first", "before first"])
+def test_a_span_reads_what_its_start_is_given(order):
+    x, base = torch.randn(2, 4), nn.Sequential(*(nn.Tanh() if i % 2 else nn.Linear(4, 4) for i in range(5)))
+    graph = ag.trace(base, x)
+    splices = [(ag.span("2", "4"), PARALLEL, "wide", None), ("2", METHOD, "early", "before")]
+    for at, method, name, where in splices if order == "span first" else splices[::-1]:
+        graph = graph.splice(at, method, name=name, where=where)
+    model = randomise(graph.compile())
+    given = serial(model.get_submodule("2.early"), torch.tanh(base[0](x)))
+    wide = model.get_submodule("4.wide")
+    expected = base[4](torch.tanh(base[2](given))) + wide.up(torch.relu(wide.down(given)))
+    torch.testing.assert_close(model(x), expected)

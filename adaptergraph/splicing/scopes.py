@@ -11,8 +11,9 @@ from functools import cached_property
 
 from ..bodies import Body
 from ..graph import Graph
-from ..names import path_of
+from ..names import body_name, path_of
 from ..node import Node
+from .hosts import starts_of
 
 
 class Scopes:
@@ -63,6 +64,15 @@ class Scopes:
         return any(above == outer for above in self.imported.around(scope))
 
     @cached_property
+    def starts(self) -> dict[str, str]:
+        """For each body over a span the module that the span starts at."""
+        return {
+            body_name(last, splice.name): first
+            for splice in self.graph.splices
+            for last, first in starts_of(self.graph, splice.at, None).items()
+        }
+
+    @cached_property
     def first(self) -> dict[str, int]:
         """For each call the rank of the first node that runs in it."""
         found: dict[str, int] = {}
@@ -99,6 +109,11 @@ class Scopes:
             if self.imported is None and scope in self.graph:
                 return where == "before" and reader.path == scope
             return self.within(self.home(reader), scope)
+        start = self.starts.get(reader.body)
+        if start is not None and where == "before":
+            # the body of a span reads what its start is given
+            starts, index = self.of_host(start), int((reader.name or "").partition("@")[2] or 0)
+            return self.within(starts[min(index, len(starts) - 1)], scope)
         own = self.of_body_node(reader)
         # a body runs when its host does, around it: one at the same host sees the input that its host sees
         same = where == "before" or "/" in self.bodies[reader.body].host

@@ -31,7 +31,9 @@ class Site:
         name: the host.
         output: the value that the body replaces, after the bodies that are already there: the host's output, or with
             `where="before"` its input.
-        graph: the graph before this splice, for reading earlier nodes.
+        graph: the graph before this splice, for reading earlier nodes. A body that reads `graph[name]` gets that value
+            as it reaches its place, after the bodies on the way, whichever was spliced first. At each call of the host
+            it is the value of the same call, where there is one; `name@0` is the first one's at all of them.
         inputs: the float tensors the host reads, by name of argument; not with `where="after"`.
         where: `"after"`, `"around"` or `"before"`.
     """
@@ -160,6 +162,7 @@ class _Splicing:
         self.calls: list[tuple[str, str]] = []
         self.argument = ""
         self.given: dict[str, str] = {}
+        self.firsts: set[str] = set()
 
     def attach(self, apply: Any) -> None:
         """Adds the nodes of the body, and lets those who read its host's value read its own."""
@@ -171,7 +174,7 @@ class _Splicing:
             inputs = self.inputs(index)
             value = self.replaced(values[index], scope, inputs)
             if index == 0:
-                new = self.apply(value, inputs, apply)
+                new = self.apply(value, scope, inputs, apply)
                 first = {n.name or "": n for n in new}
                 self.given = {a: n.name or "" for a, n in inputs.items()}
                 written = new[-1].name or ""
@@ -265,11 +268,11 @@ class _Splicing:
             self.draft.nodes[value], group, "after"
         )
 
-    def apply(self, value: str, inputs: Mapping[str, Node], apply: Any) -> list[Node]:
+    def apply(self, value: str, scope: str, inputs: Mapping[str, Node], apply: Any) -> list[Node]:
         """The nodes that the method makes at the first call."""
         draft, host, source = self.draft, self.host, self.source
-        handle = _handle(draft, value)
-        result = apply(Site(host, handle, _readable(draft.graph), inputs, self.where, source))
+        handle, asked = _handle(draft, value), _Readable(draft.graph)
+        result = apply(Site(host, handle, asked, inputs, self.where, source))
         if not isinstance(result, Node):
             raise BadSplice(
                 f"the method at {host!r} returned {result!r}, not a node",
@@ -284,7 +287,16 @@ class _Splicing:
                 source=source,
                 hint="return a node made from it: ag.dense(site.output, …)",
             )
-        new = self.named(result)
+        near = {value, *(node.name for node in inputs.values())}
+        self.firsts = {self.seen(name, scope, near) for name in asked.firsts}
+        if both := self.firsts & {self.seen(name, scope, near) for name in asked.names}:
+            raise BadSplice(
+                f"the body {self.body!r} reads {min(both)!r} as the value of each call and of the first one",
+                node=self.body,
+                source=source,
+                hint="read it by one of its names: with @0 or without",
+            )
+        new = self.named(result, lambda name: self.seen(name, scope, near))
         if (result.shape, result.dtype) != (handle.shape, handle.dtype):
             raise ShapeMismatch(
                 f"body {self.body!r} does not fit its host",
@@ -298,7 +310,11 @@ class _Splicing:
             )
         return new
 
-    def named(self, result: Node) -> list[Node]:
+    def seen(self, name: str, scope: str, near: set[str | None]) -> str:
+        """What a value that a method asked for is after the bodies that are there."""
+        return name if name in near else self.draft.seen(name, scope, scope)
+
+    def named(self, result: Node, seen: Callable[[str], str]) -> list[Node]:
         """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
         body, source = self.body, self.source
         order = made(result)
@@ -317,7 +333,7 @@ class _Splicing:
             relative = node.name or unnamed(node.op, counts, taken)
             taken.add(relative)
             names[id(node)] = full = f"{body}.{check_name(relative, node.source)}"
-            inputs = tuple(self.settled(i) if i.graph else names[id(i)] for i in node.inputs)
+            inputs = tuple(seen(self.settled(i)) if i.graph else names[id(i)] for i in node.inputs)
             done.append(replace(node, name=full, inputs=inputs, body=body))
         return done
 
@@ -357,7 +373,7 @@ class _Splicing:
         read, written = self.calls[0]
         names = {name: f"{name}@{index}" for name in first}
         outside = {i for node in first.values() for i in node.inputs if i not in first}
-        names |= {name: self.twin(name, index) for name in outside}
+        names |= {name: self.twin(name, index) for name in outside - self.firsts}
         names |= {name: inputs[a].name or "" for a, name in self.given.items() if a in inputs}
         names[read] = value
         copies = [
@@ -412,19 +428,22 @@ def _aside(host: str, aside: Aside, value: str, source: Source | None) -> BadSpl
 
 
 class _Readable(Graph):
-    """A graph as a method reads it: bodies on a half-precision host compute in float32."""
+    """A graph as a method reads it, which notes what is asked for by the name of a first call, `x@0`.
+
+    Bodies on a half-precision host compute in float32.
+    """
+
+    names: set[str]
+    firsts: set[str]
+
+    def __init__(self, graph: Graph) -> None:
+        self.__dict__.update(graph.__dict__, _graph=graph, names=set(), firsts=set())
 
     def __getitem__(self, name: str) -> Node:
         node = super().__getitem__(name)
-        return replace(node, dtype=torch.float32, graph=self._graph)  # type: ignore[attr-defined]
-
-
-def _readable(graph: Graph) -> Graph:
-    if graph.imported is None or all(node.dtype not in HALF for node in graph.nodes()):
-        return graph
-    view = object.__new__(_Readable)
-    view.__dict__.update(graph.__dict__, _graph=graph)
-    return view
+        (self.firsts if str(name).endswith("@0") else self.names).add(node.name or "")
+        half = self.imported is not None and node.dtype in HALF
+        return replace(node, graph=self._graph, dtype=torch.float32 if half else node.dtype)  # type: ignore[attr-defined]
 
 
 def _handle(draft: Draft, value: str) -> Node:
