@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import itertools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .memory import another, can_be_viewed, overlap, place, storage, version
+from .parts import PLAIN, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
@@ -385,7 +385,7 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
-        values = (v for v in (*args, *kwargs.values()) if type(v) not in _PLAIN)
+        values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
         result = func(*args, **kwargs)
@@ -501,7 +501,6 @@ def _replaces(func: Any) -> bool:
 
 
 _NO_WORD = re.compile(r"\W+")
-_PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
 
 
 def op_name(func: Any) -> str:
@@ -529,54 +528,3 @@ def by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, A
         else:
             named[name] = value
     return named
-
-
-def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """The tensors in a structure and the way to each: an index, a key, or `.name` for an attribute."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif type(value) in _PLAIN:
-        return
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from tensors(item, (*path, i))
-    elif isinstance(value, slice):
-        yield from tensors((value.start, value.stop, value.step), path)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors(item, (*path, key))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from tensors(getattr(value, f.name, None), (*path, "." + f.name))
-
-
-def replaced(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure, tensors replaced where `fn` gives another one."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, tuple):
-        items = [replaced(v, fn) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if type(value) in (list, dict):
-        # who made it may keep it
-        old = value.values() if type(value) is dict else value
-        items = [replaced(v, fn) for v in old]
-        same = all(a is b for a, b in zip(items, old, strict=True))
-        return value if same else dict(zip(value, items, strict=True)) if type(value) is dict else items
-    if isinstance(value, list):
-        value[:] = [replaced(v, fn) for v in value]
-    elif isinstance(value, Mapping):
-        for key in list(value):
-            new = replaced(value[key], fn)
-            if new is not value[key]:
-                value[key] = new  # type: ignore[index]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn)) is not old}
-        if changes and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            return dataclasses.replace(value, **changes)
-        for name, new in changes.items():
-            setattr(value, name, new)
-    return value

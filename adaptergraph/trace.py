@@ -29,7 +29,8 @@ from .errors import GraphError, here
 from .graph import Graph
 from .imported import Aside, Call, Imported, Module
 from .node import Node, Param
-from .record import Made, Operations, Record, Recorder, bound, tensors
+from .parts import tensors
+from .record import Made, Operations, Record, Recorder, bound
 from .shapes import quiet, uncollected
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptergraph as ag
-from adaptergraph.record import Record, Recorder, tensors
+from adaptergraph.parts import tensors
+from adaptergraph.record import Record, Recorder
 
 TRACE = sys.modules["adaptergraph.trace"]
 

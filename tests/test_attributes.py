@@ -459,8 +459,9 @@ def test_what_no_edge_can_say_is_refused_by_name(case):
         graph.splice(at, METHOD, where=where)
     text = str(error.value)
     assert said in text
-    assert "attribute" in text
-    assert "to fix      let the model hand the value on as an argument or result" in text
+    assert ", and not only by way of its " in text
+    hint = "let the model hand it on as an argument or result, or splice at a module that reads it"
+    assert f"to fix      {hint}" in text
     assert error.value.node == at
     # an earlier place that has no such reader is fine
     graph.splice("last", METHOD).compile()

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..memory import version
-from ..record import op_name, tensors
+from ..parts import tensors
+from ..record import op_name
 from .program import Unlowered, same
 
 MORE = "_adaptergraph_more"

@@ -12,7 +12,6 @@ from ..bodies import Body, Splice
 from ..collect import unnamed
 from ..errors import BadSplice, GraphError, ShapeMismatch, Source, here
 from ..graph import Graph
-from ..imported import Aside
 from ..names import body_name, check_name, path_of
 from ..node import EMPTY, Node, format_shape
 from ..select import Selector, Span, entries_of
@@ -224,7 +223,15 @@ class _Splicing:
         asides = imported.past(scope, "entry" if before else "exit", raw)
         for aside in asides:
             if not aside.whole:
-                raise _aside(self.host, aside, raw, self.source)
+                reader = repr(aside.reader) if aside.reader else "the model itself"
+                raise BadSplice(
+                    f"{reader} reads what {self.host!r} {'is given' if before else 'gives'}, "
+                    f"and not only by way of its {aside.at}: on an attribute, say",
+                    node=self.host,
+                    sides=[("value", raw), ("read by", reader), ("past", f"the {aside.at} of {aside.scope!r}")],
+                    source=self.source,
+                    hint="let the model hand it on as an argument or result, or splice at a module that reads it",
+                )
         return {aside.reader for aside in asides}
 
     def readers(self, scope: str, own: set[str | None], past: set[str]) -> Callable[[str], bool]:
@@ -413,18 +420,6 @@ def _refuse_late(draft: Draft, source: Source | None) -> None:
                 source=source,
                 hint="read a node that runs before its host, or splice at a later host",
             )
-
-
-def _aside(host: str, aside: Aside, value: str, source: Source | None) -> BadSplice:
-    reader = repr(aside.reader) if aside.reader else "the model itself"
-    what = "gives" if aside.at == "exit" else "is given"
-    return BadSplice(
-        f"{reader} reads what {host!r} {what}, and not only by way of its {aside.at}: on an attribute, say",
-        node=host,
-        sides=[("value", value), ("read by", reader), ("past", f"the {aside.at} of {aside.scope!r}")],
-        source=source,
-        hint="let the model hand the value on as an argument or result, or splice at a module that reads it",
-    )
 
 
 class _Readable(Graph):

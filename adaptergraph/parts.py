@@ -1,0 +1,64 @@
+"""The tensors in what a forward takes and returns: found in any structure, and replaced. Floor 4."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what holds no tensor, and what a structure mostly holds
+PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
+
+
+def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The tensors in a structure and the way to each: an index, a key, or `.name` for an attribute."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif type(value) in PLAIN:
+        return
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, (*path, i))
+    elif isinstance(value, slice):
+        yield from tensors((value.start, value.stop, value.step), path)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, (*path, key))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from tensors(getattr(value, f.name, None), (*path, "." + f.name))
+
+
+def replaced(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure, tensors replaced where `fn` gives another one."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple):
+        items = [replaced(v, fn) for v in value]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) in (list, dict):
+        # who made it may keep it
+        old = value.values() if type(value) is dict else value
+        items = [replaced(v, fn) for v in old]
+        same = all(a is b for a, b in zip(items, old, strict=True))
+        return value if same else dict(zip(value, items, strict=True)) if type(value) is dict else items
+    if isinstance(value, list):
+        value[:] = [replaced(v, fn) for v in value]
+    elif isinstance(value, Mapping):
+        for key in list(value):
+            new = replaced(value[key], fn)
+            if new is not value[key]:
+                value[key] = new  # type: ignore[index]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn)) is not old}
+        if changes and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            return dataclasses.replace(value, **changes)
+        for name, new in changes.items():
+            setattr(value, name, new)
+    return value
