@@ -17,7 +17,7 @@ from .select import Selection, span
 from .splicing.surgery import Site
 from .storage import adapter_state, apply, load, save
 from .tasks import set_task, task
-from .trace import trace
+from .tracing.trace import trace
 
 __version__ = "0.1.0"
 

@@ -26,7 +26,7 @@ from .lower import lower
 from .node import Node, Param, format_shape
 from .shapes import Value, quiet
 from .state import shared_copy
-from .trace import _Faker, _holds
+from .tracing.trace import _Faker, _holds
 
 _ADAMW = 2 * 4  # two float32 moments for each trained parameter
 

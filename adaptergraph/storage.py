@@ -22,7 +22,7 @@ from .hosting.sites import attachment, graph_of
 from .names import body_name
 from .splicing.hosts import hosts_of
 from .state import load_values
-from .trace import trace
+from .tracing.trace import trace
 
 TENSORS = "adapter.safetensors"
 JSON = "adapter.json"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import adaptergraph as ag
-from adaptergraph.parts import tensors
-from adaptergraph.record import Record, Recorder
+from adaptergraph.tracing.parts import tensors
+from adaptergraph.tracing.record import Record, Recorder
 
-TRACE = sys.modules["adaptergraph.trace"]
+TRACE = sys.modules["adaptergraph.tracing.trace"]
 
 
 class Ref(NamedTuple):
@@ -229,7 +229,7 @@ class Recording:
                 self.step(record, step)
 
     def inputs(self, args: Any, kwargs: Any) -> Any:
-        from adaptergraph.record import bound
+        from adaptergraph.tracing.record import bound
 
         for name, value in bound(self.model, args, kwargs).items():
             for path, tensor in tensors(value):

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES
 
 import adaptergraph as ag
 from adaptergraph.names import path_of
-from adaptergraph.parts import tensors
+from adaptergraph.tracing.parts import tensors
 
 # the residual sum in the middle of a layer, which no module gives and no module alone reads
 MID_BLOCK = {

@@ -466,7 +466,7 @@ def test_frames_of_one_jagged_batch():
 def test_a_second_fake_tensor_is_what_view_as_gives():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from adaptergraph.memory import another
+    from adaptergraph.tracing.memory import another
 
     with FakeTensorMode(), torch.no_grad():
         tensor = torch.empty(3, 5).t()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..imported import Imported
-from ..record import Recorder
-from ..trace import recorded
+from ..tracing.record import Recorder
+from ..tracing.trace import recorded
 from .program import Other
 
 

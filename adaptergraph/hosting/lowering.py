@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..parts import tensors
+from ..tracing.parts import tensors
 from .following import MORE, Tracer, is_plain
 from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
 from .source import Source, names

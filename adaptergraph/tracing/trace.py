@@ -25,13 +25,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.parameter import is_lazy
 
-from .errors import GraphError, here
-from .graph import Graph
-from .imported import Aside, Call, Imported, Module
-from .node import Node, Param
+from ..errors import GraphError, here
+from ..graph import Graph
+from ..imported import Aside, Call, Imported, Module
+from ..node import Node, Param
+from ..shapes import quiet, uncollected
 from .parts import tensors
 from .record import Made, Operations, Record, Recorder, bound
-from .shapes import quiet, uncollected
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
