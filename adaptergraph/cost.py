@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .lower import lower
 from .node import Node, Param, format_shape
 from .shapes import Value, quiet
 from .state import shared_copy
-from .tracing.trace import _Faker, _holds
+from .tracing.fakes import Faker, clear_caches
 
 _ADAMW = 2 * 4  # two float32 moments for each trained parameter
 
@@ -123,7 +122,7 @@ class _Meter:
 def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
     """The model over tensors without values; afterwards no cache of a library holds one."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _Faker(mode, None).swap(model.modules())
+    Faker(mode, None).swap(model.modules())
     tied = graph.imported.tied if graph.imported is not None else {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(graph.trained[tied.get(name, name)])
@@ -132,12 +131,8 @@ def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
             yield
     finally:
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
-        objects = gc.get_objects()
-        left = [t for t in objects if type(t) is FakeTensor and t.fake_mode is mode and id(t) not in own]
-        ids = {id(t) for t in left}
-        for cached in [o for o in objects if type(o) is _lru_cache_wrapper] if left else ():
-            if cached.cache_info().currsize and _holds(cached, ids):
-                cached.cache_clear()
+        left = [t for t in gc.get_objects() if type(t) is FakeTensor and t.fake_mode is mode and id(t) not in own]
+        clear_caches(left)
 
 
 def _failed(name: str, error: Exception) -> GraphError:

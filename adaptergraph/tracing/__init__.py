@@ -1,6 +1,6 @@
 """What a model does, seen in one run on fake tensors: nn.Module → Graph. Floor 4.
 
-`trace` runs the model, and makes a graph of what `record` saw: each module and operation, and which tensor came from
-which. `parts` finds the tensors in a structure, `memory` says which of them show the same elements, and `ways` which
-entries and exits of modules a value passed before it was read.
+`trace` runs the model on `fakes` of its tensors and makes a graph of what `record` saw: each module and operation, and
+which tensor came from which. `parts` finds the tensors in a structure, `memory` says which of them show the same
+elements, and `ways` which entries and exits of modules a value passed before it was read.
 """

@@ -12,7 +12,6 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ..graph import Graph
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
+from .fakes import Faker, clear_caches
 from .parts import tensors
 from .record import Made, Operations, Record, Recorder, bound
 
@@ -221,7 +221,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
         if mode is not None:
-            faked = _Faker(mode, recorder.dtype)
+            faked = Faker(mode, recorder.dtype)
             faked.swap(recorder.modules.values())
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
@@ -258,45 +258,6 @@ def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-class _Faker:
-    """Fake twins of tensors, one for each tensor."""
-
-    def __init__(self, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
-        self.mode = mode
-        self.dtype = dtype
-        self.made_of: list[Tensor] = []
-        self.twins: dict[int, Any] = {}
-
-    def __call__(self, tensor: Tensor) -> Any:
-        if id(tensor) not in self.twins:
-            # keeps the tensor alive, so that its id stays its own
-            self.made_of.append(tensor)
-            self.twins[id(tensor)] = self.made(tensor)
-        return self.twins[id(tensor)]
-
-    def made(self, tensor: Tensor) -> Any:
-        """A tensor of the same shape without values."""
-        if tensor.layout != torch.strided:
-            twin: Any = self.mode.from_tensor(tensor)
-        else:
-            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
-            device = torch.device("cpu") if tensor.is_meta else tensor.device
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
-            twin = FakeTensor(self.mode, empty, device)
-        if isinstance(tensor, nn.Parameter):
-            # as nn.Parameter marks a tensor of another class, without a detached copy of it
-            twin._is_param = True
-        return twin
-
-    def swap(self, modules: Iterable[nn.Module]) -> None:
-        """Puts twins in the place of the parameters, buffers and other tensors of modules."""
-        for module in modules:
-            for table in (module._parameters, module._buffers, vars(module)):
-                for name, tensor in table.items():
-                    if isinstance(tensor, Tensor):
-                        table[name] = self(tensor)
-
-
 @contextmanager
 def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Every module's attributes, what its dicts, lists and sets hold, and its mode are afterwards what they were."""
@@ -327,10 +288,7 @@ def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
     left = _alive(seen)
     if not left:
         return
-    ids = {id(t) for t in left}
-    for cached in [o for o in gc.get_objects() if type(o) is _lru_cache_wrapper]:
-        if cached.cache_info().currsize and _holds(cached, ids):
-            cached.cache_clear()
+    clear_caches(left)
     left.clear()
     if _alive(seen):
         gc.collect()
@@ -346,18 +304,6 @@ def _clear_caches(seen: list[weakref.ref[Tensor]], model: nn.Module) -> None:
 
 def _alive(refs: list[weakref.ref[Tensor]]) -> list[FakeTensor]:
     return [t for t in (ref() for ref in refs) if isinstance(t, FakeTensor)]
-
-
-def _holds(cached: Any, ids: set[int], depth: int = 4) -> bool:
-    """Whether one of these tensors lies in a cache, or a few structures deep in what it keeps."""
-    level = [cached]
-    for _ in range(depth):
-        level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, type | nn.Module)]
-        if any(id(r) in ids for r in level):
-            return True
-        if len(level) > 20_000:
-            return False
-    return False
 
 
 # ---------------------------------------------------------------------- from events to a graph

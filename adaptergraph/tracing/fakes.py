@@ -1,0 +1,71 @@
+"""Tensors without values in the place of a model's own, and out of the caches where they were left. Floor 4."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from functools import _lru_cache_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+class Faker:
+    """Fake twins of tensors, one for each tensor."""
+
+    def __init__(self, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
+        self.mode = mode
+        self.dtype = dtype
+        self.made_of: list[Tensor] = []
+        self.twins: dict[int, Any] = {}
+
+    def __call__(self, tensor: Tensor) -> Any:
+        if id(tensor) not in self.twins:
+            # keeps the tensor alive, so that its id stays its own
+            self.made_of.append(tensor)
+            self.twins[id(tensor)] = self.made(tensor)
+        return self.twins[id(tensor)]
+
+    def made(self, tensor: Tensor) -> Any:
+        """A tensor of the same shape without values."""
+        if tensor.layout != torch.strided:
+            twin: Any = self.mode.from_tensor(tensor)
+        else:
+            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+            device = torch.device("cpu") if tensor.is_meta else tensor.device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+            twin = FakeTensor(self.mode, empty, device)
+        if isinstance(tensor, nn.Parameter):
+            # as nn.Parameter marks a tensor of another class, without a detached copy of it
+            twin._is_param = True
+        return twin
+
+    def swap(self, modules: Iterable[nn.Module]) -> None:
+        """Puts twins in the place of the parameters, buffers and other tensors of modules."""
+        for module in modules:
+            for table in (module._parameters, module._buffers, vars(module)):
+                for name, tensor in table.items():
+                    if isinstance(tensor, Tensor):
+                        table[name] = self(tensor)
+
+
+def clear_caches(left: Iterable[Tensor]) -> None:
+    """Empties the `functools` caches that hold one of these tensors, of whatever library."""
+    ids = {id(t) for t in left}
+    for cached in [o for o in gc.get_objects() if type(o) is _lru_cache_wrapper] if ids else ():
+        if cached.cache_info().currsize and _holds(cached, ids):
+            cached.cache_clear()
+
+
+def _holds(cached: Any, ids: set[int], depth: int = 4) -> bool:
+    """Whether one of these tensors lies in a cache, or a few structures deep in what it keeps."""
+    level = [cached]
+    for _ in range(depth):
+        level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, type | nn.Module)]
+        if any(id(r) in ids for r in level):
+            return True
+        if len(level) > 20_000:
+            return False
+    return False
