@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import GraphError, StateMismatch, here, nearest
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .graph import Graph
-from .hosting.attachment import attachment, inside
+from .hosting.attachment import attachment, inside, taken_off_on_error
 from .hosting.sites import graph_of
 from .names import body_name
 from .splicing.hosts import hosts_of
@@ -271,10 +271,19 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         )
     spliced = _fitting(graph, data)
     _check_tensors(spliced, data, state)
-    if model is None:
-        model = spliced.compile(inplace=inplace)
-    _warn_of_another_base(model, spliced, data)
-    load_values(model, state, str(folder))
+    if model is not None:
+        _warn_of_another_base(model, spliced, data)
+        load_values(model, state, str(folder))
+        return model
+    base = spliced.imported.host if spliced.imported is not None else None
+    if base is not None:
+        # before bodies are attached: a warning may be raised as an error
+        _warn_of_another_base(base, spliced, data)
+    model = spliced.compile(inplace=inplace)
+    with taken_off_on_error(model):
+        if base is None:
+            _warn_of_another_base(model, spliced, data)
+        load_values(model, state, str(folder))
     return model
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import warnings
 
 import byhand
 import pytest
 import torch
 from models import snapshot
+from safetensors.torch import load_file, save_file
 from test_hosted_errors import says
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -289,3 +293,156 @@ def test_an_adapter_that_is_not_whole_any_more_is_not_saved(name, rows, tmp_path
     assert all(torch.equal(state[n], v) for n, v in wanted.items())
     twin = ag.load(Net(), ag.save(model, tmp_path / "new"))
     assert torch.equal(twin.eval()(X), model.eval()(X))
+
+
+# ---------------------------------------------------------------------- a refused compile leaves nothing behind
+
+
+class Interrupted(dict):
+    """A mapping during whose reading the user presses Ctrl-C."""
+
+    def items(self):
+        raise KeyboardInterrupt
+
+
+def with_switch(graph):
+    return graph.splice("{a,part}", ag.Switch({"x": METHOD, "y": METHOD}))
+
+
+def with_bodies(graph):
+    return graph.splice("{a,part,part.0}", METHOD).unfreeze("head")
+
+
+STATES = {
+    "a wrong shape": ({"a.weight": torch.zeros(3, 3)}, ag.StateMismatch, "a.weight   model (8, 8)   given (3, 3)"),
+    "a wrong name": ({"a.wieght": torch.zeros(8, 8)}, ag.StateMismatch, "a.wieght   no such parameter"),
+    "no tensor": ({"a.bias": [0.0]}, ag.StateMismatch, "a.bias   model (8,)   given no tensor but a list"),
+    "no values": (
+        {"a.weight": torch.zeros(8, 8), "a.bias": torch.zeros(8, device="meta")},
+        ag.StateMismatch,
+        "a.bias   model on cpu   given a tensor without values, on meta",
+    ),
+    "no such file": ("/nowhere/none.safetensors", ag.StateMismatch, "cannot be read as safetensors"),
+    "an interrupt": (Interrupted(), KeyboardInterrupt, ""),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("change", [with_bodies, with_switch])
+def test_a_refused_state_leaves_the_model_as_it_was(name, change):
+    state, kind, line = STATES[name]
+    model = used()
+    plain = model.eval()(X)
+    model.train()
+    graph = change(ag.trace(model, X))
+    before = everything(model)
+    with says(line, kind=kind):
+        graph.compile(inplace=True, state=state)
+    assert everything(model) == before
+    assert torch.equal(model.eval()(X), plain)
+    ag.detach(change(ag.trace(model, X)).compile(inplace=True))
+
+
+class Sealed(nn.BatchNorm1d):
+    """A class of which there is no subclass."""
+
+    def __init_subclass__(cls):
+        raise TypeError("Sealed has no subclasses")
+
+
+def test_an_error_in_the_middle_of_attaching_leaves_the_model_as_it_was():
+    model = Net()
+    model.part.append(Sealed(8))
+    (model(X) ** 2).sum().backward()
+    graph = with_bodies(ag.trace(model, X))
+    before = everything(model)
+    # the first norm is kept frozen already when the second one refuses
+    with says("Sealed has no subclasses", kind=TypeError):
+        graph.compile(inplace=True)
+    assert everything(model) == before
+    ag.trace(model, X)
+
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_fused_paths_are_on_again_after_a_refused_state():
+    model, x = encoder(), torch.randn(2, 3, 8)
+    before, plain, hooks = everything(model), model(x), [len(m._forward_hooks) for m in model.modules()]
+    graph = ag.trace(model, x).splice("**.linear2", METHOD)
+    with says("0.adapter", kind=ag.StateMismatch):
+        graph.compile(inplace=True, state={"layers.0.adapter": torch.zeros(1)})
+    assert everything(model) == before
+    assert model.use_nested_tensor == encoder().use_nested_tensor
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert torch.equal(model(x), plain)
+
+
+# ---------------------------------------------------------------------- a refused load
+
+
+def saved(folder):
+    return ag.save(adapted(Net()), folder)
+
+
+def other():
+    """A model of the same shapes with other values."""
+    model = used()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    return model
+
+
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: ag.trace(model, X)], ids=["model", "graph"])
+def test_a_warning_that_is_raised_as_an_error_leaves_the_model_as_it_was(of, tmp_path):
+    saved(tmp_path)
+    model = other()
+    host = of(model)
+    before = everything(model)
+    with pytest.warns(UserWarning, match="with other frozen weights than these") as caught:
+        copied = ag.load(host, tmp_path)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with says("with other frozen weights than these", kind=UserWarning):
+            ag.load(host, tmp_path, inplace=True)
+    assert everything(model) == before
+    with pytest.warns(UserWarning, match="with other frozen weights than these"):
+        assert ag.load(host, tmp_path, inplace=True) is model
+    assert torch.equal(model.eval()(X), copied.eval()(X))
+
+
+def test_a_warning_on_an_adapted_model_leaves_its_values(tmp_path):
+    saved(tmp_path)
+    model = adapted(other())
+    before = everything(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with says("with other frozen weights than these", kind=UserWarning):
+            ag.load(model, tmp_path, inplace=True)
+    assert everything(model) == before
+
+
+def test_a_tensor_too_many_in_a_file_leaves_the_model_as_it_was(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors") | {"a.adapter.down.scale": torch.ones(1)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    text = json.loads((tmp_path / "adapter.json").read_text())
+    raw = (tmp_path / "adapter.safetensors").read_bytes()
+    text["checksum"] = "sha256:" + hashlib.sha256(raw).hexdigest()
+    (tmp_path / "adapter.json").write_text(json.dumps(text))
+    model = used()
+    before = everything(model)
+    with says("a.adapter.down.scale   no such parameter", kind=ag.StateMismatch):
+        ag.load(model, tmp_path, inplace=True)
+    assert everything(model) == before
+    # what was adapted already stays adapted, with the values it had
+    mine = adapted(Net())
+    before = everything(mine)
+    with says("a.adapter.down.scale   no such parameter", kind=ag.StateMismatch):
+        ag.load(mine, tmp_path, inplace=True)
+    assert everything(mine) == before
