@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import GraphError, here
 from .graph import Graph
+from .hosting.attachment import refuse_hosted
 from .imported import Call, Imported, Module
 from .node import Node, Param
 from .record import Made, Operations, Record, Recorder, bound, tensors
@@ -41,7 +42,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         args, kwargs: what its forward takes, for example a tokenized sentence. Only shapes and dtypes matter.
 
     Raises:
-        GraphError: the forward fails with these arguments, or needs real data that a meta model has not.
+        GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
+            has bodies already, or shares a module with one that has.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -98,6 +100,7 @@ def _refuse(model: Any) -> None:
                 source=here(),
                 hint="trace the model inside it (model.module), then wrap the compiled one",
             )
+    refuse_hosted(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise GraphError(

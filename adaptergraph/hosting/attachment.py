@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import GraphError, here
 from ..graph import Graph
+from ..lower import CompiledGraph
 from ..names import path_of
-from .hosted import has_other_class, plan_of, unhost
+from .hosted import Plan, has_other_class, plan_of, unhost
+from .program import PLAN
 
 ATTACHED = "_adaptergraph"
 
@@ -28,6 +30,7 @@ class Attachment:
         before: values of what training may change of it, when bodies were attached to the model itself.
         modes: `training` of the modules it had.
         hosts: the modules whose class was swapped.
+        plans: the plans of hosts that had one, as parts of what a declared graph was compiled to.
         hooked: handles of hooks that turn a fused path off.
         nested: encoders that were kept from packing their input, and whether they did before.
     """
@@ -37,6 +40,7 @@ class Attachment:
     modes: dict[str, bool]
     before: dict[str, Tensor] = field(default_factory=dict)
     hosts: list[str] = field(default_factory=list)
+    plans: dict[str, Plan] = field(default_factory=dict)
     hooked: list[Any] = field(default_factory=list)
     nested: dict[str, bool] = field(default_factory=dict)
 
@@ -51,6 +55,33 @@ def attachment(model: nn.Module) -> Attachment | None:
     return inside(model).__dict__.get(ATTACHED)
 
 
+def refuse_hosted(model: nn.Module) -> None:
+    """Refuses a model that has bodies, or shares a module with one that has: the other would lose what is its own.
+
+    What a declared graph was compiled to is whole by itself, and may be a part of any model.
+
+    Raises:
+        GraphError: and names the module.
+    """
+    if ATTACHED in model.__dict__:
+        raise GraphError(
+            f"this {type(model).__name__} has bodies already",
+            source=here(),
+            hint="ag.detach(model) takes them off; a copy is compiled before bodies are attached in place",
+        )
+    declared = {id(part) for m in model.modules() if isinstance(m, CompiledGraph) for part in m.modules()}
+    for path, module in model.named_modules():
+        if plan_of(module) is None or id(module) in declared:
+            continue
+        cls = type(module).__name__
+        raise GraphError(
+            f"{(path or cls)!r} ({cls}) is part of another adapted model already",
+            node=path,
+            source=here(),
+            hint="ag.detach(…) that model first, or adapt a copy of it: its graph.compile() without inplace=True",
+        )
+
+
 # ---------------------------------------------------------------------- taking everything off
 
 
@@ -63,12 +94,14 @@ def take_off(model: nn.Module, record: Attachment) -> None:
         model.get_submodule(name).use_nested_tensor = used  # type: ignore[assignment]
     for body in record.graph.bodies.values():
         owner = model.get_submodule(path_of(body.host))
-        plan = plan_of(owner)
-        if plan is not None:
-            plan.hidden -= {body.child}
+        hosted = plan_of(owner)
+        if hosted is not None:
+            hosted.hidden -= {body.child}
         owner._modules.pop(body.child, None)
     for name in record.hosts:
         unhost(model.get_submodule(name))
+    for name, plan in record.plans.items():
+        model.get_submodule(name).__dict__[PLAN] = plan
     for name, module in model.named_modules():
         module.training = record.modes.get(name, module.training)
     del model.__dict__[ATTACHED]
@@ -128,17 +161,18 @@ def _changed_modules(model: nn.Module, record: Attachment) -> list[tuple[str, ..
     """Hosts that are others now, and modules around them with another class: sharding these shards the bodies too."""
     assert record.graph.imported is not None
     modules = dict(model.named_modules(remove_duplicate=False))
-    paths = [*record.hosts, *(path_of(body.host) for body in record.graph.bodies.values())]
+    hosts = [*record.hosts, *record.plans]
+    paths = [*hosts, *(path_of(body.host) for body in record.graph.bodies.values())]
     parts = [path.split(".") for path in paths]
     around = (".".join(p[:i]) for p in parts for i in range(len(p) + 1))
     rows: list[tuple[str, ...]] = []
-    for name in dict.fromkeys([*record.hosts, *around]):
+    for name in dict.fromkeys([*hosts, *around]):
         module, was = modules.get(name), record.graph.imported.modules[name].cls
         if module is None:
             rows.append((name, f"was {was}", "is gone"))
             continue
         cls = type(module).__name__
-        if plan_of(module) is None and name in record.hosts:
+        if plan_of(module) is None and name in hosts:
             rows.append((name, f"was {was}", f"is another {cls} without the bodies"))
         elif has_other_class(module) if plan_of(module) is not None else cls != was:
             rows.append((name or cls, f"was {was}", f"has the class {cls}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,16 @@ from ..lower import CompiledGraph, body_graph, lower
 from ..names import path_of
 from ..node import Param
 from ..switch import Switch
-from .attachment import ATTACHED, Attachment, attachment, inside, refuse_changed, take_off, taken_off_on_error
+from .attachment import (
+    ATTACHED,
+    Attachment,
+    attachment,
+    inside,
+    refuse_changed,
+    refuse_hosted,
+    take_off,
+    taken_off_on_error,
+)
 from .examples import arguments_of
 from .frames import Token
 from .hosted import (
@@ -29,7 +39,7 @@ from .hosted import (
     refuse_host,
 )
 from .lowering import lowered
-from .program import Program, Unlowered
+from .program import PLAN, Program, Unlowered
 from .routes import Route, routes_of
 
 
@@ -49,8 +59,10 @@ def attach(
 
     Raises:
         BadSplice: a body cannot be attached.
+        GraphError: it has bodies already, or shares a module with a model that has.
     """
     assert graph.imported is not None
+    refuse_hosted(model)
     for body in graph.bodies.values():
         _check_owner(model, body)
     routes = routes_of(graph, model) if graph.bodies else {}
@@ -94,6 +106,11 @@ def _put_on(
 ) -> None:
     """Everything that changes the model."""
     graph = record.graph
+    for path in routes:
+        earlier = plan_of(model.get_submodule(path))
+        if earlier is not None:
+            record.plans[path] = earlier
+            model.get_submodule(path).__dict__[PLAN] = replace(earlier)
     keep_frozen_statistics(model, graph.trained, frozen=True)
     for body in graph.bodies.values():
         _add(model, graph, body, made[body.name])
@@ -208,15 +225,10 @@ def check_host(model: nn.Module, graph: Graph) -> None:
 
     Raises:
         StateMismatch: with every difference by name.
-        GraphError: it has bodies already.
+        GraphError: it has bodies already, or shares a module with a model that has.
     """
     assert graph.imported is not None
-    if ATTACHED in model.__dict__:
-        raise GraphError(
-            f"this {type(model).__name__} has bodies already",
-            source=here(),
-            hint="ag.detach(model) takes them off; a copy is compiled before bodies are attached in place",
-        )
+    refuse_hosted(model)
     modules = {n: type(m).__name__ for n, m in model.named_modules()}
     params = {n: Param(tuple(p.shape), p.dtype) for n, p in model.named_parameters()}
     wrong: list[tuple[str, ...]] = []
