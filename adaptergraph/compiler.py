@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import GraphError, here
 from .graph import Graph
+from .hosting.attachment import taken_off_on_error
 from .hosting.sites import attach, check_host
 from .lower import lower
 from .state import load_values, shared_copy, values_from
@@ -30,19 +31,22 @@ def compile_graph(
     """See `Graph.compile`."""
     if task is not None:
         graph = only_task(graph, task)
+    what = "state"
+    if isinstance(state, str | os.PathLike):
+        # read first: a file that cannot be read changes nothing
+        what, state = repr(os.fspath(state)), values_from(state)
     model = (
         _hosted(graph, host, inplace, seed, device, dtype)
         if graph.imported
         else _declared(graph, host, inplace, seed, device, dtype)
     )
-    if has_switch(graph):
-        give_tasks(model)
-    else:
-        refuse_tasks(model)
-    if isinstance(state, str | os.PathLike):
-        load_values(model, values_from(state), repr(os.fspath(state)), _needed(graph))
-    elif state is not None:
-        load_values(model, state, "state", _needed(graph))
+    with taken_off_on_error(model):
+        if has_switch(graph):
+            give_tasks(model)
+        else:
+            refuse_tasks(model)
+        if state is not None:
+            load_values(model, state, what, _needed(graph))
     return model
 
 

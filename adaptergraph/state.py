@@ -123,7 +123,8 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
         needed: names that must be among the values.
 
     Raises:
-        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor.
+        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor or on the meta
+            device.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     wrong: list[tuple[str, ...]] = []
@@ -136,6 +137,8 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             wrong.append((name, f"model {tuple(mine.shape)}", f"given no tensor but a {type(value).__name__}"))
         elif mine.shape != value.shape:
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
+        elif value.is_meta and not mine.is_meta:
+            wrong.append((name, f"model on {mine.device}", "given a tensor without values, on meta"))
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
     if wrong:
         shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .errors import GraphError, StateMismatch, here, nearest
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .graph import Graph
-from .hosting.sites import attachment, graph_of
+from .hosting.attachment import attachment, inside, taken_off_on_error
+from .hosting.sites import graph_of
 from .names import body_name
 from .splicing.hosts import hosts_of
 from .state import load_values
@@ -56,21 +57,40 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """What training can change in a compiled model, by key: bodies, unfrozen host parameters, and their buffers.
 
     Raises:
-        GraphError: the model was not made by `graph.compile`.
+        GraphError: the model was not made by `graph.compile`, or was changed since: what is not there, or of another
+            shape, is listed.
 
     >>> import adaptergraph as ag
     >>> list(adapter_state(ag.Adapter.build(8, 2).compile()))
     ['adapter.down.weight', 'adapter.down.bias', 'adapter.up.weight', 'adapter.up.bias']
     """
-    state = model.state_dict()
-    return {name: state[name].detach() for name in _state_names(graph_of(model), model) if name in state}
-
-
-def _state_names(graph: Graph, model: nn.Module) -> list[str]:
+    graph, state = graph_of(model), inside(model).state_dict()
     changed = [n for n in graph.params if n in graph.body_params or graph.trained[n]]
+    wrong: list[tuple[str, ...]] = []
+    for name in changed:
+        shape = graph.params[name].shape
+        if name not in state:
+            wrong.append((name, f"graph {shape}", "model has none"))
+        elif tuple(state[name].shape) != shape:
+            wrong.append((name, f"graph {shape}", f"model {tuple(state[name].shape)}"))
+    if wrong:
+        cls, count = type(inside(model)).__name__, len(wrong)
+        raise GraphError(
+            f"this {cls} was changed after it was compiled: {count} tensor{'s' * (count > 1)} of its adapter",
+            node=wrong[0][0],
+            sides=wrong[:12] + ([(f"… and {count - 12} more",)] if count > 12 else []),
+            source=here(),
+            hint="put back what was replaced, and undo parametrizations and pruning (prune.remove)",
+        )
+    return {name: state[name].detach() for name in [*changed, *_buffers(model, changed)] if name in state}
+
+
+def _buffers(model: nn.Module, changed: list[str]) -> list[str]:
+    """The buffers beside these parameters."""
     owners = dict.fromkeys(n.rpartition(".")[0] for n in changed)
-    buffers = [f"{o}.{n}" if o else n for o in owners for n, _ in model.get_submodule(o).named_buffers(recurse=False)]
-    return [*changed, *buffers]
+    return [
+        f"{o}.{n}" if o else n for o in owners for n, _ in inside(model).get_submodule(o).named_buffers(recurse=False)
+    ]
 
 
 def recipe(graph: Graph) -> str:
@@ -251,10 +271,19 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         )
     spliced = _fitting(graph, data)
     _check_tensors(spliced, data, state)
-    if model is None:
-        model = spliced.compile(inplace=inplace)
-    _warn_of_another_base(model, spliced, data)
-    load_values(model, state, str(folder))
+    if model is not None:
+        _warn_of_another_base(model, spliced, data)
+        load_values(model, state, str(folder))
+        return model
+    base = spliced.imported.host if spliced.imported is not None else None
+    if base is not None:
+        # before bodies are attached: a warning may be raised as an error
+        _warn_of_another_base(base, spliced, data)
+    model = spliced.compile(inplace=inplace)
+    with taken_off_on_error(model):
+        if base is None:
+            _warn_of_another_base(model, spliced, data)
+        load_values(model, state, str(folder))
     return model
 
 

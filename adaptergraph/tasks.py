@@ -13,8 +13,9 @@ from torch import nn
 
 from .errors import GraphError, here, suggestion
 from .graph import Graph
+from .hosting.attachment import attachment
 from .hosting.hosted import host, plan_of
-from .hosting.sites import attachment, graph_of
+from .hosting.sites import graph_of
 from .names import body_name
 from .switch import Chosen, Rows, Switch
 

@@ -67,10 +67,11 @@ def host(module: nn.Module, mixin: type = object) -> Plan:
     """Swaps the class of a module, once, and returns its plan; with a mixin its class has these methods too."""
     plan = plan_of(module)
     if plan is None:
+        # python refuses the class of some modules; nothing is changed then
+        module.__class__ = hosted_class(type(module), mixin)
         plan = module.__dict__[PLAN] = Plan()
         if "forward" in module.__dict__:
             module.__dict__[INNER] = module.__dict__.pop("forward")
-        module.__class__ = hosted_class(type(module), mixin)
     elif mixin is not object:
         module.__class__ = hosted_class(_ORIGINAL[type(module)], mixin)
     return plan

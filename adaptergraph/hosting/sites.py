@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..bodies import Body
 from ..errors import BadSplice, GraphError, StateMismatch, here
@@ -17,47 +17,30 @@ from ..lower import CompiledGraph, body_graph, lower
 from ..names import path_of
 from ..node import Param
 from ..switch import Switch
+from .attachment import (
+    ATTACHED,
+    Attachment,
+    attachment,
+    inside,
+    refuse_changed,
+    refuse_hosted,
+    take_off,
+    taken_off_on_error,
+)
 from .examples import arguments_of
 from .frames import Token
 from .hosted import (
     add_child,
-    has_other_class,
     host,
     hosted_class,
     keep_frozen_statistics,
     plan_of,
     refuse_graph_module,
     refuse_host,
-    unhost,
 )
 from .lowering import lowered
-from .program import Program, Unlowered
-from .routes import routes_of
-
-_ATTACHED = "_adaptergraph"
-
-
-@dataclass(slots=True)
-class Attachment:
-    """What was done to a model, for `graph_of`, files and `detach`.
-
-    Attributes:
-        graph: what the model now is.
-        trained_before: `requires_grad` of the parameters it had.
-        before: values of what training may change of it, when bodies were attached to the model itself.
-        modes: `training` of the modules it had.
-        hosts: the modules whose class was swapped.
-        hooked: handles of hooks that turn a fused path off.
-        nested: encoders that were kept from packing their input, and whether they did before.
-    """
-
-    graph: Graph
-    trained_before: dict[str, bool]
-    modes: dict[str, bool]
-    before: dict[str, Tensor] = field(default_factory=dict)
-    hosts: list[str] = field(default_factory=list)
-    hooked: list[Any] = field(default_factory=list)
-    nested: dict[str, bool] = field(default_factory=dict)
+from .program import PLAN, Program, Unlowered
+from .routes import Route, routes_of
 
 
 def attach(
@@ -76,8 +59,10 @@ def attach(
 
     Raises:
         BadSplice: a body cannot be attached.
+        GraphError: it has bodies already, or shares a module with a model that has.
     """
     assert graph.imported is not None
+    refuse_hosted(model)
     for body in graph.bodies.values():
         _check_owner(model, body)
     routes = routes_of(graph, model) if graph.bodies else {}
@@ -104,6 +89,28 @@ def attach(
         changing = {n: p for n, p in own.items() if graph.trained.get(n, False)} | dict(model.named_buffers())
         record.before = {n: v.detach().clone() for n, v in changing.items()}
     plain = [n for n, m in model.named_modules() if plan_of(m) is None]
+    model.__dict__[ATTACHED] = record
+    with taken_off_on_error(model):
+        try:
+            _put_on(model, record, made, routes, programs)
+        finally:
+            record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
+
+
+def _put_on(
+    model: nn.Module,
+    record: Attachment,
+    made: Mapping[str, CompiledGraph | Switch],
+    routes: Mapping[str, Route],
+    programs: Mapping[str, Program],
+) -> None:
+    """Everything that changes the model."""
+    graph = record.graph
+    for path in routes:
+        earlier = plan_of(model.get_submodule(path))
+        if earlier is not None:
+            record.plans[path] = earlier
+            model.get_submodule(path).__dict__[PLAN] = replace(earlier)
     keep_frozen_statistics(model, graph.trained, frozen=True)
     for body in graph.bodies.values():
         _add(model, graph, body, made[body.name])
@@ -115,10 +122,8 @@ def attach(
         plan.program = programs.get(path)
         if path:
             _turn_off_fused_paths(model, path, record)
-    record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(graph.trained[name])
-    model.__dict__[_ATTACHED] = record
 
 
 def _add(model: nn.Module, graph: Graph, body: Body, child: CompiledGraph | Switch) -> None:
@@ -220,15 +225,10 @@ def check_host(model: nn.Module, graph: Graph) -> None:
 
     Raises:
         StateMismatch: with every difference by name.
-        GraphError: it has bodies already.
+        GraphError: it has bodies already, or shares a module with a model that has.
     """
     assert graph.imported is not None
-    if _ATTACHED in model.__dict__:
-        raise GraphError(
-            f"this {type(model).__name__} has bodies already",
-            source=here(),
-            hint="ag.detach(model) takes them off; a copy is compiled before bodies are attached in place",
-        )
+    refuse_hosted(model)
     modules = {n: type(m).__name__ for n, m in model.named_modules()}
     params = {n: Param(tuple(p.shape), p.dtype) for n, p in model.named_parameters()}
     wrong: list[tuple[str, ...]] = []
@@ -256,11 +256,6 @@ def _show(param: Param | None) -> str:
     return "has none" if param is None else f"{param.shape} {param.dtype}"
 
 
-def attachment(model: nn.Module) -> Attachment | None:
-    """The record of what was attached to a model."""
-    return _inside(model).__dict__.get(_ATTACHED)
-
-
 def graph_of(model: nn.Module) -> Graph:
     """The graph that a compiled model is.
 
@@ -271,9 +266,9 @@ def graph_of(model: nn.Module) -> Graph:
     >>> ag.graph_of(ag.Adapter.build(8, 2).compile()) == ag.Adapter.build(8, 2)
     True
     """
-    model = _inside(model)
-    if _ATTACHED in model.__dict__:
-        return model.__dict__[_ATTACHED].graph
+    model = inside(model)
+    if ATTACHED in model.__dict__:
+        return model.__dict__[ATTACHED].graph
     if isinstance(model, CompiledGraph):
         return model._source
     raise GraphError(
@@ -290,9 +285,10 @@ def detach(model: nn.Module) -> nn.Module:
     unfrozen and trained; save them first (`ag.save`) to keep them.
 
     Raises:
-        GraphError: nothing is attached, or a host or a module around one got another class since, as sharding does.
+        GraphError: nothing is attached; or hosts, or parameters that are given back, were replaced or changed since, as
+            sharding, pruning and parametrizations do: all are listed, and the model is left as it is.
     """
-    model = _inside(model)
+    model = inside(model)
     record = attachment(model)
     if record is None:
         raise GraphError(
@@ -300,58 +296,8 @@ def detach(model: nn.Module) -> nn.Module:
             source=here(),
             hint="give the model that graph.compile() returned",
         )
-    for name in _around(record):
-        if _is_changed(model, record, name):
-            raise GraphError(
-                f"the class of {name!r} was changed after the bodies were attached",
-                node=name,
-                source=here(),
-                hint="undo first what changed it (sharding, a parametrization)",
-            )
-    for handle in record.hooked:
-        handle.remove()
-    for name, used in record.nested.items():
-        model.get_submodule(name).use_nested_tensor = used  # type: ignore[assignment]
-    for body in record.graph.bodies.values():
-        owner = model.get_submodule(path_of(body.host))
-        plan = plan_of(owner)
-        if plan is not None:
-            plan.hidden -= {body.child}
-        owner._modules.pop(body.child, None)
-    for name in record.hosts:
-        unhost(model.get_submodule(name))
-    _give_back(model, record)
-    del model.__dict__[_ATTACHED]
-    return model
-
-
-def _around(record: Attachment) -> list[str]:
-    """The hosts and the modules around them: sharding one of these shards the bodies with it."""
-    paths = [*record.hosts, *(path_of(body.host) for body in record.graph.bodies.values())]
-    parts = [path.split(".") for path in paths]
-    return list(dict.fromkeys([*record.hosts, *(".".join(p[:i]) for p in parts for i in range(len(p) + 1))]))
-
-
-def _is_changed(model: nn.Module, record: Attachment, name: str) -> bool:
-    assert record.graph.imported is not None
-    module = model.get_submodule(name)
-    if plan_of(module) is not None:
-        return has_other_class(module)
-    return type(module).__name__ != record.graph.imported.modules[name].cls
-
-
-def _give_back(model: nn.Module, record: Attachment) -> None:
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in record.before.items():
-            own[name].copy_(value)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(record.trained_before.get(name, parameter.requires_grad))
+    refuse_changed(model, record)
+    take_off(model, record)
+    for parameter in model.parameters():
         parameter.grad = None
-    for name, module in model.named_modules():
-        module.training = record.modes.get(name, module.training)
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` wrapped."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+    return model

@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, here
 from ..graph import Graph
+from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
@@ -43,7 +44,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         args, kwargs: what its forward takes, for example a tokenized sentence. Only shapes and dtypes matter.
 
     Raises:
-        GraphError: the forward fails with these arguments, or needs real data that a meta model has not.
+        GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
+            has bodies already, or shares a module with one that has.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -115,6 +117,7 @@ def _refuse(model: Any) -> None:
                     source=here(),
                     hint="trace and compile the whole model first, then fully_shard the compiled one",
                 )
+    refuse_hosted(model)
 
 
 _Error = tuple[Exception, str]
