@@ -36,6 +36,7 @@ FLOORS = {
     "tasks": 4,
     "compiler": 4,
     "exchange": 5,
+    "files": 5,
     "branches": 5,
     "storage": 5,
     "cost": 6,
