@@ -417,9 +417,11 @@ def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> 
         )
 
 
-def mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
+def mismatch(
+    message: str, wrong: list[tuple[str, str, str]], hint: str = "load it onto the base it was saved from"
+) -> None:
+    """Refuses files, with what differs: names, and both sides."""
     shown: list[tuple[str, ...]] = [*wrong[:12]]
     if len(wrong) > 12:
         shown.append((f"… and {len(wrong) - 12} more",))
-    hint = "load it onto the base it was saved from"
     raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here(), hint=hint)
