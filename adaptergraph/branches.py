@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     missing = [n for n in graph.body_params if n.startswith(tuple(where.values())) and n not in values]
     if missing:
         rows = [(name, "branch has it", "file has none") for name in sorted(missing)]
-        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows)
+        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows, "save the adapter again")
     load_values(model, values, str(folder))
     return model
 
@@ -90,6 +91,15 @@ def _with_branch(graph: Graph, branch: str) -> list[Splice]:
     return found
 
 
+def _put(splice: Splice, branch: str) -> tuple[Any, str]:
+    """A branch's method, and where at the hosts it is put."""
+    return splice.method.branches[branch], splice.where
+
+
+def _words(method: Any, where: str) -> str:
+    return f"{method or 'none'}" + (f", {where}" if where != "after" else "")
+
+
 def _paired(
     mine: list[Splice], theirs: Iterable[SpliceText], branch: str, folder: str | os.PathLike[str]
 ) -> Mapping[str, str]:
@@ -97,15 +107,20 @@ def _paired(
     free = {(splice.name, host): splice for splice in mine for host in splice.hosts}
     pairs: dict[str, str] = {}
     wrong: list[tuple[str, str, str]] = []
+    methods: dict[str, None] = {}
     for splice in theirs:
         method = method_from_json(splice.method)
+        methods[f"ag.{method}"] = None
         for host in splice.hosts or ():
-            name = next((n for n, at in free if at == host), None)
-            here_is = None if name is None else free.pop((name, host)).method.branches[branch]
-            if here_is != method:
-                wrong.append((host, f"branch {here_is or 'none'}", f"file {method}"))
+            there = [n for n, at in free if at == host]
+            name = min(there, key=lambda n: free[n, host].where != splice.where, default=None)
+            own = (None, "after") if name is None else _put(free.pop((name, host)), branch)
+            if own != (method, splice.where):
+                wrong.append((host, f"branch {_words(*own)}", f"file {_words(method, splice.where)}"))
             pairs[f"{body_name(host, splice.name)}."] = f"{body_name(host, str(name))}.{branch}."
-    wrong += [(host, f"branch {splice.method.branches[branch]}", "file none") for (_, host), splice in free.items()]
+    wrong += [(host, f"branch {_words(*_put(splice, branch))}", "file none") for (_, host), splice in free.items()]
     if wrong:
-        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", wrong)
+        made = " and ".join(methods) or "nothing"
+        hint = f"make the branch as the adapter was made, at the same nodes: {branch!r} is to be {made}"
+        mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", wrong, hint)
     return pairs

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import GraphError, StateMismatch, here, nearest
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
+from .files import read_file, write_files
 from .graph import Graph
 from .hosting.attachment import attachment, inside, taken_off_on_error
 from .hosting.sites import graph_of
@@ -27,7 +28,8 @@ from .tracing.trace import trace
 
 TENSORS = "adapter.safetensors"
 JSON = "adapter.json"
-_NEXT = ".next"
+_BLANK = "sha256:" + 64 * "0"
+_HINT = f"a folder of ag.save holds {JSON} and {TENSORS}"
 
 
 class HostText(Strict):
@@ -125,7 +127,7 @@ def apply(graph: Graph, recipe: str | Path | Mapping[str, Any]) -> Graph:
     if isinstance(recipe, Mapping):
         text: str | bytes = json.dumps(recipe)
     elif isinstance(recipe, Path) or not recipe.lstrip().startswith("{"):
-        text = _read(Path(recipe))
+        text = read_file(Path(recipe), _HINT)
     else:
         text = recipe
     return _apply(graph, parsed(AdapterText, text, "the recipe"))
@@ -159,7 +161,9 @@ def _apply(graph: Graph, data: AdapterText) -> Graph:
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Writes what training can change of a compiled model: `adapter.safetensors` and `adapter.json`.
 
-    The change is atomic: if the process dies at any moment, the folder holds the old adapter or the new one, whole.
+    The change is atomic: if the process dies at any moment, the disk is full, or others save into the folder at the
+    same time, it holds the old adapter or a new one, whole. `adapter.safetensors` decides which: its header carries the
+    text of `adapter.json` too, for whoever reads while one of the two files is new and the other is not yet.
 
     Args:
         model: from `graph.compile`.
@@ -169,7 +173,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder is a file.
+        GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
+            written; the path and the reason are named.
     """
     graph = graph_of(model)
     target = Path(folder)
@@ -181,8 +186,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             source=here(),
             hint="give the model values first: graph.compile(state=…), or a base with weights",
         )
-    # copies, because safetensors refuses tensors that share storage
-    data = safetensors.torch.save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()})
     host = without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     text = _recipe(graph) | {
@@ -194,17 +197,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "example": host.imported.example if host.imported is not None else None,
         },
         "tensors": {n: list(t.shape) for n, t in state.items()},
-        "checksum": _checksum(data),
         "versions": {"adaptergraph": _version(), "torch": torch.__version__, "safetensors": safetensors.__version__},
     }
-    if target.exists() and not target.is_dir():
-        raise GraphError(f"{str(target)!r} is a file, not a folder", source=here(), hint="ag.save writes into a folder")
-    target.mkdir(parents=True, exist_ok=True)
-    # the JSON file decides: the old one goes with the old tensors, the new one with tensors that are there already
-    _write(target / (TENSORS + _NEXT), data)
-    _write(target / JSON, json.dumps(text, indent=1, ensure_ascii=False).encode())
-    os.replace(target / (TENSORS + _NEXT), target / TENSORS)
-    _sync(target)
+    raw = _packed(state, text)
+    write_files(target, {JSON: _described(text, raw), TENSORS: raw})
+    _mend(target)
     return target
 
 
@@ -218,25 +215,39 @@ def _checksum(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    _sync(path.parent)
+def _packed(state: Mapping[str, Tensor], text: Mapping[str, Any]) -> bytes:
+    """The tensors file: in its header it carries the text, and the checksum of the file with that checksum blank."""
+    about = {"adaptergraph": json.dumps(text, ensure_ascii=False), "checksum": _BLANK}
+    # copies, because safetensors refuses tensors that share storage
+    raw = safetensors.torch.save({n: t.to("cpu", copy=True).contiguous() for n, t in state.items()}, about)
+    return raw.replace(_BLANK.encode(), _checksum(raw).encode(), 1)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _unpacked(raw: bytes) -> dict[str, Any] | None:
+    """The text that a tensors file carries, if the file is whole."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+        text, checksum = about["adaptergraph"], about["checksum"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if _checksum(raw.replace(checksum, _BLANK.encode(), 1)).encode() != checksum:
+        return None
+    return json.loads(text)
+
+
+def _described(text: Mapping[str, Any], raw: bytes) -> bytes:
+    """`adapter.json` for a tensors file."""
+    return json.dumps({**text, "checksum": _checksum(raw)}, indent=1, ensure_ascii=False).encode()
+
+
+def _mend(folder: Path) -> None:
+    """Writes `adapter.json` again while it is not that of the tensors file, because others save here too."""
+    while True:
+        described, raw = (read_file(folder / name, _HINT) for name in (JSON, TENSORS))
+        text = _unpacked(raw)
+        if text is None or described == _described(text, raw):
+            return
+        write_files(folder, {JSON: _described(text, raw)})
 
 
 # ---------------------------------------------------------------------- reading
@@ -297,37 +308,29 @@ def _is_plain(model: nn.Module) -> bool:
 
 def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
     """What an adapter's two files say, once they are known to belong together."""
-    data: AdapterText = parsed(AdapterText, _read(folder / JSON), str(folder / JSON))
+    data: AdapterText = parsed(AdapterText, read_file(folder / JSON, _HINT), str(folder / JSON))
     if data.checksum is None or data.tensors is None or data.host is None:
         raise GraphError(
             f"{folder / JSON} is a recipe, without tensors", source=here(), hint="ag.apply(graph, recipe) applies it"
         )
-    found = []
-    for name in (TENSORS, TENSORS + _NEXT):
-        if (folder / name).exists():
-            raw = (folder / name).read_bytes()
-            if _checksum(raw) == data.checksum:
-                return data, safetensors.torch.load(raw)
-            found.append((name, f"{len(raw):,} bytes", _checksum(raw)[:23] + "…"))
-    if not found:
-        raise GraphError(f"there is no {TENSORS} in {folder}", source=here(), hint="give the folder that ag.save wrote")
+    raw = read_file(folder / TENSORS, _HINT)
+    if _checksum(raw) != data.checksum and (text := _unpacked(raw)) is not None:
+        # it is whole, and of another save than the JSON file: a writer was stopped in between, or is at it now
+        data = parsed(AdapterText, _described(text, raw), str(folder / TENSORS))
+    try:
+        if _checksum(raw) == data.checksum:
+            return data, safetensors.torch.load(raw)
+    except safetensors.SafetensorError:
+        pass
     raise StateMismatch(
         f"{folder / TENSORS} is damaged, or not the file that belongs to {JSON}",
-        sides=[(JSON, "says", data.checksum[:23] + "…"), *found],
+        sides=[
+            (JSON, "says", f"{str(data.checksum)[:23]}…"),
+            (TENSORS, f"{len(raw):,} bytes", f"{_checksum(raw)[:23]}…"),
+        ],
         source=here(),
         hint="copy both files again",
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise GraphError(
-            f"cannot read {str(path)!r}: {error.strerror or error}",
-            source=here(),
-            hint=f"a folder of ag.save holds {JSON} and {TENSORS}",
-        ) from None
 
 
 def _traced(model: nn.Module, data: AdapterText) -> Graph:
@@ -443,9 +446,11 @@ def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> 
         )
 
 
-def mismatch(message: str, wrong: list[tuple[str, str, str]]) -> None:
+def mismatch(
+    message: str, wrong: list[tuple[str, str, str]], hint: str = "load it onto the base it was saved from"
+) -> None:
+    """Refuses files, with what differs: names, and both sides."""
     shown: list[tuple[str, ...]] = [*wrong[:12]]
     if len(wrong) > 12:
         shown.append((f"… and {len(wrong) - 12} more",))
-    hint = "load it onto the base it was saved from"
     raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here(), hint=hint)

@@ -7,16 +7,19 @@ for `torch.compile` that is an input like any other, so that equal branches are 
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import GraphError
+from .errors import GraphError, Source, here
 from .hosting import frames
 
 
@@ -28,35 +31,87 @@ class Rows:
     numbers: Tensor
 
 
-Chosen = tuple[nn.Module | None, Rows | None, int]
+Chosen = tuple[nn.Module | None, Rows | None, int, FrameType | None]
+
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-class Slot(threading.local):
-    """What runs in this thread: a branch, or one for each row. A copy starts empty.
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A `with` block that is open, in the thread where it was entered."""
+
+    there: Running
+    chosen: Chosen
+
+    def leave(self) -> None:
+        """Takes it away, whichever others are open; the innermost of them counts."""
+        self.there.blocks.remove(self)
+        self.there.restore(self.there.blocks[-1].chosen if self.there.blocks else (None, None, -1, None))
+
+
+class Running:
+    """What runs in one thread: a branch, or one for each row.
 
     Attributes:
         branch: the module that runs.
         rows: or what runs for each row.
         backward: the backward pass in which it was chosen; -1 outside one.
+        opener: the generator or coroutine whose block chose it; None if it is not one.
+        blocks: those that are open, innermost last.
     """
 
     def __init__(self) -> None:
         self.branch: nn.Module | None = None
         self.rows: Rows | None = None
         self.backward = -1
+        self.opener: FrameType | None = None
+        self.blocks: list[Block] = []
 
     def choose(self, branch: nn.Module | None, rows: Rows | None) -> Chosen:
-        """Lets this run from now on, and gives what `restore` brings back."""
-        before = self.branch, self.rows, self.backward
-        self.branch, self.rows, self.backward = branch, rows, frames.running_backward()
+        """Lets this run during one call, and gives what `restore` brings back."""
+        before = self.branch, self.rows, self.backward, self.opener
+        self.restore((branch, rows, frames.running_backward(), None))
         return before
 
     def restore(self, before: Chosen) -> None:
         """What was chosen before."""
-        self.branch, self.rows, self.backward = before
+        self.branch, self.rows, self.backward, self.opener = before
+
+    def enter(self, branch: nn.Module | None, rows: Rows | None, opener: FrameType | None) -> Block:
+        """Lets this run until the block is left."""
+        block = Block(self, (branch, rows, frames.running_backward(), opener))
+        self.blocks.append(block)
+        self.restore(block.chosen)
+        return block
+
+    def suspended(self) -> FrameType | None:
+        """The generator or coroutine that is suspended inside the innermost block, so that others run meanwhile."""
+        return self.opener if self.opener is not None and self.opener.f_back is None else None
+
+
+class Slot(threading.local):
+    """Finds what runs in this thread. A copy starts empty.
+
+    What changes is in an object of its own: compiled code does not write attributes of a `threading.local` back.
+    """
+
+    def __init__(self) -> None:
+        self.here = Running()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, ()
+
+
+def opener() -> FrameType | None:
+    """The innermost generator or coroutine that runs; functions of `contextlib.contextmanager` are not meant."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_back
+        of_contextlib = any(f is not None and f.f_globals.get("__name__") == "contextlib" for f in (frame, outer))
+        if frame.f_code.co_flags & _SUSPENDS and not of_contextlib:
+            return frame
+        frame = outer
+    return None
 
 
 class Switch(nn.Module):
@@ -82,10 +137,12 @@ class Switch(nn.Module):
         self.__dict__["adaptergraph_default"] = None if task is None else self._modules[task]
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        slot = self.adaptergraph_slot
+        slot = self.adaptergraph_slot.here
         if not torch.compiler.is_compiling():
             if frames.running_backward() != slot.backward:
                 raise _not_known(self)
+            if slot.opener is not None and (frame := slot.suspended()) is not None:
+                raise whose_call(self, frame)
             frames.remember(self, self._as_it_is)
         if slot.rows is not None:
             by_row = self._all if torch.compiler.is_compiling() else self._grouped
@@ -97,9 +154,9 @@ class Switch(nn.Module):
 
     def _as_it_is(self, _: bool) -> Callable[[], AbstractContextManager[None]]:
         """What is chosen now, for a checkpointed region that is computed again."""
-        slot = self.adaptergraph_slot
+        slot = self.adaptergraph_slot.here
         branch = slot.branch if slot.branch is not None or slot.rows is not None else self.adaptergraph_default
-        return functools.partial(_restored, slot, branch, slot.rows)
+        return functools.partial(_restored, self.adaptergraph_slot, branch, slot.rows)
 
     def _grouped(self, rows: Rows, given: tuple[Tensor, ...]) -> Tensor:
         """Each branch on its rows, put back in order."""
@@ -128,11 +185,12 @@ class Switch(nn.Module):
 
 @contextmanager
 def _restored(slot: Slot, branch: nn.Module | None, rows: Rows | None) -> Iterator[None]:
-    before = slot.choose(branch, rows)
+    running = slot.here
+    before = running.choose(branch, rows)
     try:
         yield
     finally:
-        slot.restore(before)
+        running.restore(before)
 
 
 def _check_rows(switch: Switch, rows: Rows, x: Tensor) -> None:
@@ -151,6 +209,18 @@ def _not_chosen(switch: Switch) -> GraphError:
         node=switch.adaptergraph_path,
         sides=[("tasks", ", ".join(switch._modules))],
         hint='model(…, task="…"), or with ag.task(model, "…"), or ag.set_task(model, "…")',
+    )
+
+
+def whose_call(switch: Switch, frame: FrameType) -> GraphError:
+    """A generator or coroutine is suspended inside a block, and somebody else wants to run."""
+    return GraphError(
+        f"which task is to run at {switch.adaptergraph_path!r} is not known: a generator or coroutine is suspended "
+        "inside its block",
+        node=switch.adaptergraph_path,
+        sides=[(frame.f_code.co_name, f"waits at {Source(frame.f_code.co_filename, frame.f_lineno)}")],
+        source=here(),
+        hint='no yield or await inside such a block; model(…, task="…") always runs its own',
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,7 +18,7 @@ from .hosting.attachment import attachment
 from .hosting.hosted import host, plan_of
 from .hosting.sites import graph_of
 from .names import body_name
-from .switch import Chosen, Rows, Switch
+from .switch import Block, Chosen, Rows, Switch, opener, whose_call
 
 # ---------------------------------------------------------------------- choosing
 
@@ -29,12 +30,18 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     backward runs the task that it ran in the forward, also after the block and in another thread; only where a
     checkpoint is around a part that is compiled by itself, the backward belongs into the block.
 
+    Other threads have blocks of their own. Of the blocks that are open in one thread the one that was entered last
+    counts, in whatever order they are left. A generator or coroutine that is suspended inside a block would lend it to
+    whoever runs meanwhile: there another block, or a call without `task=`, is an error (calls of a program of
+    `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block.
+
     Args:
         model: a compiled model with a `Switch`.
         task: the name of a task, or a list of names as long as the batch.
 
     Raises:
-        GraphError: the model has no `Switch`, or no such task; its tasks are listed.
+        GraphError: the model has no `Switch`, or no such task; its tasks are listed. On entering: a generator or
+            coroutine is suspended inside another block. On leaving: it was entered in another thread.
 
     >>> import adaptergraph as ag, torch
     >>> x = ag.input("x", shape=("batch", 8))
@@ -44,28 +51,62 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     ...     model(torch.ones(3, 8)).shape
     torch.Size([3, 8])
     """
-    return _chosen(model, task)
-
-
-def _chosen(model: nn.Module, task: Any) -> AbstractContextManager[None]:
-    return _Chosen([(s, _choice(s, task)) for s in _switches(model)])
+    return _Block(model, task)
 
 
 class _Chosen(AbstractContextManager[None]):
-    """Fills the slots of switches, and gives them back what they held."""
+    """Fills the slots of switches during one call, and gives them back what they held."""
 
-    def __init__(self, choices: list[tuple[Switch, nn.Module | Rows]]) -> None:
-        self.choices = choices
+    def __init__(self, model: nn.Module, task: Any) -> None:
+        choices = [(s, _choice(s, task)) for s in _switches(model)]
+        self.switches = [switch for switch, _ in choices]
+        self.pairs = [(None, c) if isinstance(c, Rows) else (c, None) for _, c in choices]
         self.before: list[list[Chosen]] = []
 
     def __enter__(self) -> None:
-        pairs = [(None, c) if isinstance(c, Rows) else (c, None) for _, c in self.choices]
-        slots = [switch.adaptergraph_slot for switch, _ in self.choices]
-        self.before.append([slot.choose(*pair) for slot, pair in zip(slots, pairs, strict=True)])
+        slots = [switch.adaptergraph_slot.here for switch in self.switches]
+        self.before.append([slot.choose(*pair) for slot, pair in zip(slots, self.pairs, strict=True)])
 
     def __exit__(self, *_: object) -> None:
-        for (switch, _choice), before in zip(self.choices, self.before.pop(), strict=True):
-            switch.adaptergraph_slot.restore(before)
+        for switch, before in zip(self.switches, self.before.pop(), strict=True):
+            switch.adaptergraph_slot.here.restore(before)
+
+
+class _Block(_Chosen):
+    """The same for a `with` block of the user, which may be left in any order; in compiled code it never is."""
+
+    def __init__(self, model: nn.Module, task: Any) -> None:
+        super().__init__(model, task)
+        self.entered: list[tuple[int, list[Block]]] = []
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            super().__enter__()
+            return
+        for switch in self.switches:
+            frame = switch.adaptergraph_slot.here.suspended()
+            if frame is not None:
+                raise whose_call(switch, frame)
+        who, slots = opener(), [switch.adaptergraph_slot.here for switch in self.switches]
+        blocks = [slot.enter(branch, rows, who) for slot, (branch, rows) in zip(slots, self.pairs, strict=True)]
+        self.entered.append((threading.get_ident(), blocks))
+
+    def __exit__(self, kind: object = None, *rest: object) -> None:
+        if not self.entered:
+            super().__exit__(kind, *rest)
+            return
+        thread = threading.get_ident()
+        # one object may be entered in several threads
+        own = next((e for e in reversed(self.entered) if e[0] == thread), self.entered[-1])
+        self.entered.remove(own)
+        for block in own[1]:
+            block.leave()
+        if own[0] != thread and kind is None:
+            raise GraphError(
+                "a block of ag.task was left in another thread than it was entered in; there it chose nothing",
+                source=here(),
+                hint='no yield or await inside such a block; model(…, task="…") always runs its own',
+            )
 
 
 def set_task(model: nn.Module, task: str | None) -> nn.Module:
@@ -153,7 +194,7 @@ class Tasked:
 
     def task(self: Any, task: str | Sequence[str]) -> AbstractContextManager[None]:
         """See `ag.task`."""
-        return _chosen(self, task)
+        return _Block(self, task)
 
     def set_task(self: Any, task: str | None) -> nn.Module:
         """See `ag.set_task`."""
@@ -193,7 +234,7 @@ def give_tasks(model: nn.Module) -> None:
 def task_argument(model: nn.Module, given: dict[str, Any]) -> AbstractContextManager[None]:
     """Takes `task=` from the arguments of a call of the model."""
     chosen = given.pop("task", None)
-    return nullcontext() if chosen is None else _chosen(model, chosen)
+    return nullcontext() if chosen is None else _Chosen(model, chosen)
 
 
 def refuse_tasks(model: nn.Module) -> None:

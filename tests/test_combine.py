@@ -329,7 +329,17 @@ def without_tensor(folder):
             None,
             ag.StateMismatch,
             r"does not fit the branch 'a' \(1 differences\)\n"
-            r"    fc   branch Bottleneck\(2\)   file Bottleneck\(2, activation='gelu'\)",
+            r"    fc   branch Bottleneck\(2\)   file Bottleneck\(2, activation='gelu'\)\n.*\n"
+            r"  to fix      make the branch as the adapter was made, at the same nodes: "
+            r"'a' is to be ag\.Bottleneck\(2, activation='gelu'\)$",
+        ),
+        (
+            {"method": B(4)},
+            {"a": B(2)},
+            "a",
+            None,
+            ag.StateMismatch,
+            r"    fc   branch Bottleneck\(2\)   file Bottleneck\(4\)\n.*\n.*'a' is to be ag\.Bottleneck\(4\)$",
         ),
         (
             {"at": "out"},
@@ -341,7 +351,14 @@ def without_tensor(folder):
         ),
         ({"graph": wider()}, {"a": B(2)}, "a", None, ag.StateMismatch, r"fc.weight   adapter \[8, 9\]   host \[8, 8\]"),
         ({}, {"a": B(2)}, "a", damage, ag.StateMismatch, "is damaged, or not the file that belongs to adapter.json"),
-        ({}, {"a": B(2)}, "a", without_tensor, ag.StateMismatch, "fc.fusion.a.up.bias   branch has it   file has none"),
+        (
+            {},
+            {"a": B(2)},
+            "a",
+            without_tensor,
+            ag.StateMismatch,
+            r"fc.fusion.a.up.bias   branch has it   file has none\n.*\n  to fix      save the adapter again$",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(
@@ -355,6 +372,22 @@ def test_an_adapter_that_does_not_fit_a_branch_changes_nothing(
     with pytest.raises(error, match=message):
         ag.load_branch(model, folder, branch)
     assert snapshot(model) == before
+
+
+def test_an_adapter_before_its_host_is_no_branch_after_it(tmp_path):
+    folder = ag.save(declared().splice("fc", B(2), where="before").compile(), tmp_path)
+    after = declared().splice("fc", ag.Fusion({"a": B(2)})).compile()
+    with pytest.raises(ag.StateMismatch, match=r"    fc   branch Bottleneck\(2\)   file Bottleneck\(2\), before\n"):
+        ag.load_branch(after, folder, "a")
+    before = declared().splice("fc", ag.Fusion({"a": B(2)}), where="before").compile()
+    assert ag.load_branch(before, folder, "a") is before
+    # where both are, each finds its own, whatever was spliced first
+    both = declared().splice("fc", B(2)).splice("fc", B(2), name="second", where="before")
+    turned = declared().splice("fc", ag.Sum(B(2)), where="before").splice("fc", ag.Sum(B(2)), name="second")
+    alone, model = randomise(both.compile()), turned.compile()
+    ag.load_branch(model, ag.save(alone, tmp_path), "0")
+    assert torch.equal(model.get_parameter("fc.adapter.0.up.weight"), alone.get_parameter("fc.second.up.weight"))
+    assert torch.equal(model.get_parameter("fc.second.0.up.weight"), alone.get_parameter("fc.adapter.up.weight"))
 
 
 def test_a_head_that_was_trained_along_may_have_another_shape(tmp_path):

@@ -36,6 +36,7 @@ FLOORS = {
     "compiler": 4,
     "consistency": 5,
     "exchange": 5,
+    "files": 5,
     "branches": 5,
     "storage": 5,
     "cost": 6,

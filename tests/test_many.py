@@ -168,7 +168,7 @@ def test_an_exception_inside_a_forward_leaves_nothing_behind(error, where):
         assert frames.HERE.frame is None
         for module in model.modules():
             slot = getattr(module, "adaptergraph_slot", None)
-            assert slot is None or (slot.branch, slot.rows, slot.backward) == (None, None, -1)
+            assert slot is None or (slot.here.branch, slot.here.rows, slot.here.backward) == (None, None, -1)
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     handle.remove()
     model.how = "plain"

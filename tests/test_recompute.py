@@ -345,7 +345,7 @@ def test_what_is_computed_again_runs_the_task_it_ran(how, task, reentrant, threa
         def elsewhere(out):
             with model.task("c"):
                 out.backward()
-                assert model.layers[0].norm.adapter.adaptergraph_slot.branch is model.layers[0].norm.adapter.c
+                assert model.layers[0].norm.adapter.adaptergraph_slot.here.branch is model.layers[0].norm.adapter.c
 
         same(task_gradients(model, task, x, how, backward=elsewhere), plain)
 
