@@ -241,6 +241,19 @@ def test_changes_that_leave_nothing_to_give_back_do_not_stop_detach(change):
     assert torch.equal(model.eval()(X), hand.eval()(X))
 
 
+def test_a_pruned_host_whose_parameter_is_given_its_flag_by_hand():
+    model, hand = Net(), Net()
+    ag.trace(model, X).splice("{a,part.0}", METHOD).compile(inplace=True)
+    for one in (model, hand):
+        prune.l1_unstructured(one.a, "weight", 0.5)
+    model.a.weight_orig.requires_grad_(True)
+    ag.detach(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {
+        n: p.requires_grad for n, p in hand.named_parameters()
+    }
+    assert torch.equal(model.eval()(X), hand.eval()(X))
+
+
 def test_a_model_that_got_its_values_after_the_bodies_keeps_them():
     with torch.device("meta"):
         model = Net()
@@ -250,6 +263,18 @@ def test_a_model_that_got_its_values_after_the_bodies_keeps_them():
     model.load_state_dict(state, strict=False)
     ag.detach(model)
     assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = Net()
+    graph = ag.trace(model, X).splice("{a,part.0}", METHOD)
+    before = everything(model)
+    ag.detach(graph.compile(inplace=True))
+    assert everything(model) == before
+    with says("nothing.like.it", kind=ag.StateMismatch):
+        graph.compile(inplace=True, state={"nothing.like.it": torch.zeros(1)})
+    assert everything(model) == before
 
 
 def test_many_changes_are_listed_in_short():

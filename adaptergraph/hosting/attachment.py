@@ -109,13 +109,14 @@ def take_off(model: nn.Module, record: Attachment) -> None:
 
 def _give_back(model: nn.Module, record: Attachment) -> None:
     own = _tensors(model)
-    with torch.no_grad():
+    # what was made in inference mode is changed in it only; others can be, too
+    with torch.inference_mode():
         for name, value in record.before.items():
             # a model on the meta device had no values
             if not value.is_meta:
                 own[name].copy_(value)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(record.trained_before.get(name, parameter.requires_grad))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(record.trained_before.get(name, parameter.requires_grad))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
