@@ -2,7 +2,6 @@
 
 from . import blocks
 from .adapter import Adapter
-from .branches import load_branch
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, StateMismatch, UnknownNode
 from .fit import fit
 from .graph import Diff, Graph
@@ -13,9 +12,10 @@ from .methods import Bottleneck, Fusion, Stack, Sum, Switch
 from .node import Node
 from .places import places
 from .plan import plan_table
+from .saving.branches import load_branch
+from .saving.storage import adapter_state, apply, load, save
 from .select import Selection, span
 from .splicing.surgery import Site
-from .storage import adapter_state, apply, load, save
 from .tasks import set_task, task
 from .tracing.trace import trace
 

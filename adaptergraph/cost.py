@@ -17,12 +17,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .errors import GraphError, here
-from .exchange import dtype_from
 from .graph import Graph
 from .hosting.sites import attach
 from .layers.table import OPS, runnable
 from .lower import lower
 from .node import Node, Param, format_shape
+from .saving.exchange import dtype_from
 from .shapes import Value, quiet
 from .state import shared_copy
 from .tracing.fakes import Faker, clear_caches

@@ -317,7 +317,7 @@ class _Trainer:
     def save(self) -> None:
         """Writes the adapter, once, whatever the number of processes."""
         if self.given.folder is not None:
-            from .storage import save
+            from .saving.storage import save
 
             if self.accelerator.is_main_process:
                 save(self.model, self.given.folder)

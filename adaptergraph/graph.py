@@ -457,20 +457,20 @@ class Graph(Verbs):
         Raises:
             GraphError: a node holds a callable or module that has no name in a file.
         """
-        from .exchange import graph_to_json
+        from .saving.exchange import graph_to_json
 
         return graph_to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Graph:
         """The graph that `to_json` wrote. Nothing in the text is run; every name in it is checked."""
-        from .exchange import graph_from_json
+        from .saving.exchange import graph_from_json
 
         return graph_from_json(text)
 
     def recipe(self) -> str:
         """The splices and what is trained, as JSON text: `ag.apply(graph, recipe)` does the same to another graph."""
-        from .storage import recipe
+        from .saving.storage import recipe
 
         return recipe(self)
 

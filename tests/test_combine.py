@@ -11,7 +11,7 @@ from models import CASES, loss, run, snapshot
 from torch import nn
 
 import adaptergraph as ag
-from adaptergraph.exchange import method_from_json, method_to_json
+from adaptergraph.saving.exchange import method_from_json, method_to_json
 
 SIZE = 8
 B = ag.Bottleneck

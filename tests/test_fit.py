@@ -1,6 +1,7 @@
 """Training: what changes and what must not, what is measured, and what is refused before anything is trained."""
 
 import functools
+import importlib
 import math
 import os
 import re
@@ -471,7 +472,7 @@ def test_a_trained_parameter_that_is_never_used_is_named():
 def saves(monkeypatch):
     """What was saved, by the evaluation count at that time."""
     made = []
-    storage = sys.modules.get("adaptergraph.storage") or __import__("adaptergraph.storage").storage
+    storage = importlib.import_module("adaptergraph.saving.storage")
     monkeypatch.setattr(storage, "save", lambda model, folder: made.append((state(model), Path(folder))))
     return made
 
@@ -773,7 +774,7 @@ import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import test_fit
-from adaptergraph import storage
+from adaptergraph.saving import storage
 written = []
 storage.save = lambda model, folder: written.append(folder)
 torch.save((*test_fit.in_one_process(8, {folder!r}), len(written)), {folder!r} + os.environ["RANK"])

@@ -34,11 +34,7 @@ FLOORS = {
     "switch": 4,
     "tasks": 4,
     "compiler": 4,
-    "consistency": 5,
-    "exchange": 5,
-    "files": 5,
-    "branches": 5,
-    "storage": 5,
+    "saving": 5,
     "cost": 6,
     "plan": 6,
     "structure": 6,
@@ -51,8 +47,7 @@ FLOORS = {
 
 # verbs of Graph, Node and Selection that are answered on a higher floor: one-line imports inside the method
 UPWARD = {
-    ("graph", "exchange"),
-    ("graph", "storage"),
+    ("graph", "saving"),
     ("graph", "compiler"),
     ("graph", "draw"),
     ("graph", "plan"),
@@ -72,10 +67,10 @@ THIRD_PARTY = {
         "switch",
         "tasks",
     }
-    | {"compiler", "exchange", "storage", "branches", "cost", "batches", "fit"},
+    | {"compiler", "saving", "cost", "batches", "fit"},
     "networkx": {"graph"},
-    "pydantic": {"methods", "exchange"},
-    "safetensors": {"storage", "state"},
+    "pydantic": {"methods", "saving"},
+    "safetensors": {"saving", "state"},
     "pygraphviz": {"draw"},
     "graphviz": {"draw"},
     "rich": {"draw", "fit", "plan"},

@@ -15,16 +15,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .errors import GraphError, StateMismatch, here, nearest
+from ..errors import GraphError, StateMismatch, here, nearest
+from ..graph import Graph
+from ..hosting.attachment import attachment, inside, taken_off_on_error
+from ..hosting.sites import graph_of
+from ..names import body_name
+from ..splicing.hosts import hosts_of
+from ..state import load_values
+from ..tracing.trace import trace
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .files import read_file, write_files
-from .graph import Graph
-from .hosting.attachment import attachment, inside, taken_off_on_error
-from .hosting.sites import graph_of
-from .names import body_name
-from .splicing.hosts import hosts_of
-from .state import load_values
-from .tracing.trace import trace
 
 TENSORS = "adapter.safetensors"
 JSON = "adapter.json"
@@ -206,7 +206,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 def _version() -> str:
-    from . import __version__
+    from .. import __version__
 
     return __version__
 

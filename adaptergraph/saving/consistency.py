@@ -10,15 +10,15 @@ import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .bodies import Body, Splice
-from .errors import GraphError, here, nearest
-from .graph import Graph, prefixes
-from .imported import Call, Imported
-from .layers.initializers import check_initializer
-from .names import body_name, check_name, path_of
-from .node import Node, Param, format_shape
-from .splicing.hosts import refuse
-from .splicing.scopes import Scopes
+from ..bodies import Body, Splice
+from ..errors import GraphError, here, nearest
+from ..graph import Graph, prefixes
+from ..imported import Call, Imported
+from ..layers.initializers import check_initializer
+from ..names import body_name, check_name, path_of
+from ..node import Node, Param, format_shape
+from ..splicing.hosts import refuse
+from ..splicing.scopes import Scopes
 
 HINT = "it was changed by hand, or is of another version: write it again"
 

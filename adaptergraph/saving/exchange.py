@@ -14,19 +14,19 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 
-from .bodies import Body, Splice
-from .collect import Code
+from ..bodies import Body, Splice
+from ..collect import Code
+from ..errors import GraphError, here, suggestion
+from ..graph import Graph
+from ..imported import Aside, Call, Imported, Module
+from ..layers.table import OPS, runnable
+from ..lower import HALF
+from ..methods import METHODS
+from ..names import check_imported_name, check_input_name, check_name, path_of
+from ..node import Node, Param
+from ..select import Span
+from ..shapes import Spec, Value, infer, uncollected
 from .consistency import HINT, check_consistency, wrong
-from .errors import GraphError, here, suggestion
-from .graph import Graph
-from .imported import Aside, Call, Imported, Module
-from .layers.table import OPS, runnable
-from .lower import HALF
-from .methods import METHODS
-from .names import check_imported_name, check_input_name, check_name, path_of
-from .node import Node, Param
-from .select import Span
-from .shapes import Spec, Value, infer, uncollected
 
 FURTHER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 Name = str

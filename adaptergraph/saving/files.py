@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from .errors import GraphError, here
+from ..errors import GraphError, here
 
 _DEAD = 3600.0
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from .bodies import Splice
-from .errors import GraphError, here, suggestion
+from ..bodies import Splice
+from ..errors import GraphError, here, suggestion
+from ..graph import Graph
+from ..hosting.sites import graph_of
+from ..names import body_name
+from ..state import load_values
 from .exchange import SpliceText, method_from_json
-from .graph import Graph
-from .hosting.sites import graph_of
-from .names import body_name
-from .state import load_values
 from .storage import HostText, check_host, mismatch, read_files, without_splices
 
 
