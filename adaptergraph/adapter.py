@@ -7,6 +7,7 @@ from typing import Any
 
 from . import layers
 from .errors import GraphError, ShapeMismatch, here, suggestion
+from .features import axis_of, features_last, features_like, size_of
 from .graph import Graph
 from .layers.making import check_flag, check_rate, check_size, spelt
 from .layers.naming import scoped
@@ -149,12 +150,13 @@ def bottleneck(
     init: str = "zeros",
     residual: bool = True,
     layer_norm: str | None = None,
-    output_size: int | None = None,
+    like: Node | None = None,
     prefix: str = "",
 ) -> Node:
     """The nodes of a bottleneck: `x + scale · up(dropout(act(down(x))))`, named below `prefix`.
 
-    Without a residual it may give another size than that of x.
+    It works on the features, wherever they are: at each place of an image it is a convolution of size one. Without a
+    residual it may give what fits to another node than x, `like`.
     """
     hidden = _hidden(x, hidden_size, prefix)
     check_size(size, "bottleneck_size")
@@ -166,12 +168,22 @@ def bottleneck(
     def called(part: str) -> str:
         return f"{prefix}.{part}" if prefix else part
 
-    h = layers.layer_norm(x, name=called("norm")) if layer_norm == "before" else x
+    like = x if like is None else like
+    given = size_of(like)
+    after = given if isinstance(given, int) else hidden
+    h = features_last(x, called("features_last"))
+    h = layers.layer_norm(h, name=called("norm")) if layer_norm == "before" else h
     h = layers.dense(h, size, weight_init=down_init, bias_init=bias_init, name=called("down"))
     h = layers.activation(h, activation, name=called("act"))
     if dropout:
         h = layers.dropout(h, rate=dropout, name=called("dropout"))
-    h = layers.dense(h, output_size or hidden, weight_init=up_init, bias_init="zeros", name=called("up"))
+    h = layers.dense(
+        h,
+        after,
+        weight_init=up_init,
+        bias_init="zeros",
+        name=called("up"),
+    )
     if scale == "learned":
         factor = layers.param(called("scale"), (1,), init="ones", dtype=h.dtype)
         h = layers.multiply([h, factor], name=called("scaled"))
@@ -179,6 +191,7 @@ def bottleneck(
         h = layers.multiply([h, layers.constant(float(scale), name=called("factor"))], name=called("scaled"))
     if layer_norm == "after":
         h = layers.layer_norm(h, name=called("norm"))
+    h = features_like(h, like, called("features_first"))
     if residual:
         h = layers.add([x, h], name=called("residual"))
     return _in_body(h, x, scoped(prefix) if prefix else "")
@@ -195,15 +208,15 @@ def _in_body(node: Node, outside: Node, body: str) -> Node:
 def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
     if not isinstance(x, Node):
         raise GraphError(f"an adapter wraps a node, not {x!r}", source=here())
-    known = x.shape[-1] if x.shape else None
+    known = size_of(x)
     if hidden_size is not None:
         check_size(hidden_size, "hidden_size")
     if not isinstance(known, int):
         raise ShapeMismatch(
-            f"an adapter needs a layer whose last size is known; {x.name or x.op!r} gives {format_shape(x.shape)}",
+            f"an adapter needs a layer whose features are known; {x.name or x.op!r} gives {format_shape(x.shape)}",
             node=x.name,
             source=here(),
-            hint="wrap a layer whose last size is a number",
+            hint="wrap a layer whose number of features is known",
         )
     if hidden_size is not None and hidden_size != known:
         body = prefix or "adapter"
@@ -215,7 +228,7 @@ def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
                 (
                     "body",
                     f"{body}.up",
-                    format_shape((*(x.shape or ())[:-1], hidden_size)),
+                    format_shape(tuple(hidden_size if i == axis_of(x) else d for i, d in enumerate(x.shape or ()))),
                     f"(hidden_size={hidden_size})",
                 ),
             ],

@@ -34,11 +34,18 @@ class Body(nn.Module):
         self.calls += 1
         if self.around:
             return x + self.last(self.first(given))
-        return x + self.last(torch.relu(self.first(x)))
+        return x + on_features(self.first.in_features, x, lambda h: self.last(torch.relu(self.first(h))))
 
     def values(self) -> list[Tensor]:
         """Its parameters in the order of the compiled body's."""
         return [*self.first.parameters(), *self.last.parameters()]
+
+
+def on_features(size: int, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of the last dimension on the features, which images have before the places."""
+    if x.shape[-1] == size:
+        return function(x)
+    return function(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _linear(other: Any) -> nn.Linear:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from byhand import lora, on_first_float
+from byhand import lora, on_features, on_first_float
 from models import CASES, MORE, Case
 from torch import Tensor, nn
 
@@ -43,11 +43,11 @@ class Hand(nn.Module):
 
 
 def serial(hand: Any, value: Tensor) -> Tensor:
-    return value + hand.up(torch.relu(hand.down(value)))
+    return parallel(hand, value, value)
 
 
 def parallel(hand: Any, value: Tensor, given: Tensor) -> Tensor:
-    return value + hand.up(torch.relu(hand.down(given)))
+    return value + on_features(hand.down.in_features, given, lambda h: hand.up(torch.relu(hand.down(h))))
 
 
 def low_rank(hand: Any, value: Tensor, given: Tensor) -> Tensor:

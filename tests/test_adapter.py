@@ -310,5 +310,5 @@ def test_a_wrong_hidden_size_is_found_where_it_is_spliced():
 
 def test_an_adapter_needs_a_size_that_is_known():
     for shape in (("batch", "features"), ("batch", None), ()):
-        with pytest.raises(ag.ShapeMismatch, match="an adapter needs a layer whose last size is known"):
+        with pytest.raises(ag.ShapeMismatch, match="an adapter needs a layer whose features are known"):
             Adapter.wrap(x(*shape) if shape else ag.input("s", shape=()))

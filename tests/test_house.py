@@ -24,6 +24,7 @@ FLOORS = {
     "verbs": 1,
     "shapes": 2,
     "layers": 2,
+    "features": 3,
     "adapter": 3,
     "blocks": 3,
     "methods": 3,

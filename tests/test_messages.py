@@ -479,14 +479,14 @@ ADAPTERS = [
     (
         lambda: Adapter.wrap(x("batch", None)),
         S,
-        "an adapter needs a layer whose last size is known; 'x' gives batch × ?",
-        "wrap a layer whose last size is a number",
+        "an adapter needs a layer whose features are known; 'x' gives batch × ?",
+        "wrap a layer whose number of features is known",
     ),
     (
         lambda: Adapter.wrap(ids()),
         S,
-        "an adapter needs a layer whose last size is known; 'ids' gives batch × seq",
-        "wrap a layer whose last size is a number",
+        "an adapter needs a layer whose features are known; 'ids' gives batch × seq",
+        "wrap a layer whose number of features is known",
     ),
     (lambda: ag.Bottleneck(0), G, "Bottleneck(size=0): Input should be greater than 0", None),
     (lambda: ag.Bottleneck(True), G, "Bottleneck(size=True): Input should be a valid integer", None),

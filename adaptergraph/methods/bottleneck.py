@@ -10,6 +10,7 @@ from pydantic import Field
 from .. import layers
 from ..adapter import bottleneck, check_choices
 from ..errors import GraphError, here
+from ..features import size_of
 from ..layers.making import check_rate
 from ..layers.table import check_activation
 from ..node import Node
@@ -98,7 +99,7 @@ class Bottleneck:
     def contribution(self, site: Site) -> Node:
         """What it adds to the site's value."""
         x = site.input if self.parallel else site.output
-        features, after = ((node.shape or (None,))[-1] for node in (x, site.output))
+        features = size_of(x)
         reduced = features // self.reduction if self.reduction and isinstance(features, int) else 1
         return bottleneck(
             x,
@@ -110,7 +111,7 @@ class Bottleneck:
             init=self.init,
             layer_norm=self.layer_norm,
             residual=False,
-            output_size=after if isinstance(after, int) else None,
+            like=site.output,
         )
 
 

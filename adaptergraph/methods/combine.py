@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from .. import layers
 from ..collect import unnamed
 from ..errors import BadSplice, GraphError, ShapeMismatch, here
+from ..features import axis_of
 from ..layers import choice
 from ..layers.calls import check_rate
 from ..layers.initializers import INITIALIZERS
@@ -234,6 +235,14 @@ class Fusion(_Combination):
         """What the adapters contribute, weighted by attention."""
         x = site.output
         size = (x.shape or (None,))[-1]
+        if axis_of(x) != len(x.shape or ()) - 1:
+            raise ShapeMismatch(
+                f"Fusion needs a host whose features are last; those of {site.name!r} are in dimension {axis_of(x)}",
+                node=site.name,
+                sides=[("host", site.name, format_shape(x.shape))],
+                source=site.source,
+                hint="splice it at a layer that gives batch × … × features",
+            )
         if not isinstance(size, int):
             raise ShapeMismatch(
                 f"Fusion needs a host whose last size is known; {site.name!r} gives {format_shape(x.shape)}",
