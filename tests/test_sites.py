@@ -391,6 +391,98 @@ def test_at_each_call_a_body_reads_the_value_of_that_call_or_of_the_one_it_names
     torch.testing.assert_close(model(x), base.last(torch.relu(inner)) + add(tapped[1]))
 
 
+class Round(nn.Module):
+    """`turn` is called on what it gave, `once` once before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.once, self.turn, self.between = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.turn(self.between(self.turn(self.once(x))))
+
+
+@pytest.mark.parametrize("order", ["tap first", "before first"])
+def test_a_tap_of_what_is_called_once_and_a_body_before_its_host(order):
+    """At the first call the tapped value comes to the host through the other body, at the second it does not."""
+    base, x = Round(), torch.randn(2, 4)
+    graph = ag.trace(base, x)
+    splices = [(tapping("once"), "tap", None), (METHOD, "early", "before")]
+    for method, name, where in splices if order == "tap first" else splices[::-1]:
+        graph = graph.splice("turn", method, name=name, where=where)
+    alone = ag.trace(base, x).splice("turn", tapping("once"), name="tap")
+    assert graph.unsplice("turn.early") == alone
+    model = randomise(graph.compile())
+    early, tapped = model.turn.early, model.turn.tap.tapped
+    once = base.once(x)
+    given = serial(early, once)
+    one = base.turn(given) + tapped(given)
+    two = base.turn(serial(early, base.between(one))) + tapped(once)
+    torch.testing.assert_close(model(x), two)
+
+
+@pytest.mark.parametrize("order", ["tap first", "before first"])
+def test_a_tap_and_a_body_before_one_call(order):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.act = nn.Linear(4, 4), nn.Tanh()
+
+        def forward(self, x):
+            return self.act(self.up(self.act(self.up(x))))
+
+    base, x = Twice(), torch.randn(2, 4)
+    graph = ag.trace(base, x)
+    splices = [("act", tapping("up"), "tap", None), ("act@1", METHOD, "early", "before")]
+    for at, method, name, where in splices if order == "tap first" else splices[::-1]:
+        graph = graph.splice(at, method, name=name, where=where)
+    model = randomise(graph.compile())
+    tapped, early = model.act.tap.tapped, model.act.early_call1
+    one = torch.tanh(base.up(x)) + tapped(base.up(x))
+    given = serial(early, base.up(one))
+    torch.testing.assert_close(model(x), torch.tanh(given) + tapped(given))
+
+
+def test_the_first_call_of_the_host_itself_is_refused_where_it_is_each_calls_own_value():
+    graph = ag.trace(Round(), torch.randn(2, 4))
+    with pytest.raises(ag.BadSplice, match="reads 'turn' as the value of each call and of the first one"):
+        graph.splice("turn", tapping("turn@0"))
+    assert graph.splice("once", tapping("once@0")).bodies
+
+
+def test_before_what_reads_one_of_several_outputs_the_others_stay_what_they_are():
+    class States(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            out, (hidden, _) = self.lstm(x)
+            return self.head(out), hidden
+
+    base, x = States(), torch.randn(2, 3, 4)
+    graph = ag.trace(base, x).splice("head", METHOD, where="before")
+    assert graph["lstm:1:0"].inputs == ("lstm",)
+    assert ag.Graph.from_json(graph.to_json()) == graph
+    model = randomise(graph.compile())
+    out, (hidden, _) = base.lstm(x)
+    torch.testing.assert_close(model(x), (base.head(serial(model.head.adapter, out)), hidden))
+
+
+def test_a_body_around_a_module_that_is_called_on_what_it_gave_comes_back_from_a_file():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.turn(self.turn(x))
+
+    graph = ag.trace(Loop(), torch.randn(2, 4)).splice("turn", PARALLEL)
+    assert ag.Graph.from_json(graph.to_json()) == graph
+
+
 def test_one_value_by_both_of_its_names_is_refused():
     graph = ag.trace(Steps(), torch.randn(2, 4))
 

@@ -227,12 +227,12 @@ def _unpacked(raw: bytes) -> dict[str, Any] | None:
     """The text that a tensors file carries, if the file is whole."""
     try:
         about = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-        text, checksum = about["adaptergraph"], about["checksum"].encode()
+        text, checksum = json.loads(about["adaptergraph"]), about["checksum"].encode()
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if _checksum(raw.replace(checksum, _BLANK.encode(), 1)).encode() != checksum:
+    if not isinstance(text, dict) or _checksum(raw.replace(checksum, _BLANK.encode(), 1)).encode() != checksum:
         return None
-    return json.loads(text)
+    return text
 
 
 def _described(text: Mapping[str, Any], raw: bytes) -> bytes:

@@ -104,7 +104,8 @@ class Scopes:
     def is_inside(self, reader: Node, scope: str, where: str) -> bool:
         """Whether a reader of a value stands inside a host, at which the value is replaced for others or only there."""
         if reader.op == "output":
-            return True
+            # one of several values of an operation or module stays what it is
+            return where != "before"
         if reader.body is None:
             if self.imported is None and scope in self.graph:
                 return where == "before" and reader.path == scope

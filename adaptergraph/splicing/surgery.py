@@ -162,6 +162,7 @@ class _Splicing:
         self.argument = ""
         self.given: dict[str, str] = {}
         self.firsts: set[str] = set()
+        self.raw: dict[str, str] = {}
 
     def attach(self, apply: Any) -> None:
         """Adds the nodes of the body, and lets those who read its host's value read its own."""
@@ -178,7 +179,7 @@ class _Splicing:
                 self.given = {a: n.name or "" for a, n in inputs.items()}
                 written = new[-1].name or ""
             else:
-                new, written = self.again(first, value, inputs, index)
+                new, written = self.again(first, value, scope, inputs, index)
             for node in new:
                 draft.add(node, value)
             past = self.past(values[index], scope)
@@ -294,9 +295,10 @@ class _Splicing:
                 source=source,
                 hint="return a node made from it: ag.dense(site.output, …)",
             )
-        near = {value, *(node.name for node in inputs.values())}
-        self.firsts = {self.seen(name, scope, near) for name in asked.firsts}
-        if both := self.firsts & {self.seen(name, scope, near) for name in asked.names}:
+        near = {value, *(node.name or "" for node in inputs.values())}
+        self.firsts = asked.firsts
+        several = len(draft.graph.calls_of(host)) > 1
+        if several and (both := self.firsts & (asked.names | near)):
             raise BadSplice(
                 f"the body {self.body!r} reads {min(both)!r} as the value of each call and of the first one",
                 node=self.body,
@@ -317,9 +319,11 @@ class _Splicing:
             )
         return new
 
-    def seen(self, name: str, scope: str, near: set[str | None]) -> str:
+    def seen(self, name: str, scope: str, near: set[str]) -> str:
         """What a value that a method asked for is after the bodies that are there."""
-        return name if name in near else self.draft.seen(name, scope, scope)
+        found = name if name in near else self.draft.seen(name, scope, scope)
+        self.raw[found] = name
+        return found
 
     def named(self, result: Node, seen: Callable[[str], str]) -> list[Node]:
         """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
@@ -374,13 +378,15 @@ class _Splicing:
         return name
 
     def again(
-        self, first: Mapping[str, Node], value: str, inputs: Mapping[str, Node], index: int
+        self, first: Mapping[str, Node], value: str, scope: str, inputs: Mapping[str, Node], index: int
     ) -> tuple[list[Node], str]:
         """The same body for a further call of its host: the same parameters, other values."""
         read, written = self.calls[0]
         names = {name: f"{name}@{index}" for name in first}
         outside = {i for node in first.values() for i in node.inputs if i not in first}
-        names |= {name: self.twin(name, index) for name in outside - self.firsts}
+        for name in outside:
+            raw = self.raw.get(name, name)
+            names[name] = self.draft.seen(raw if raw in self.firsts else self.twin(raw, index), scope, scope)
         names |= {name: inputs[a].name or "" for a, name in self.given.items() if a in inputs}
         names[read] = value
         copies = [
