@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from test_storage import IDS, METHOD, base, graph, randomised
 
@@ -275,5 +276,17 @@ def test_a_checksum_that_is_right_does_not_make_tensors_of_anything(tmp_path):
     text = json.loads((folder / "adapter.json").read_text())
     text["checksum"] = "sha256:" + hashlib.sha256(b"no tensors").hexdigest()
     (folder / "adapter.json").write_text(json.dumps(text))
+    with pytest.raises(ag.StateMismatch, match=r"is damaged, or not the file that belongs to adapter\.json"):
+        ag.load(base(), folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "7"])
+def test_a_whole_tensors_file_whose_text_describes_nothing_is_damaged(tmp_path, text):
+    folder = ag.save(filled(1.0), tmp_path)
+    state = safetensors.torch.load((folder / "adapter.safetensors").read_bytes())
+    blank = "sha256:" + "0" * 64
+    raw = safetensors.torch.save(state, {"adaptergraph": text, "checksum": blank})
+    whole = raw.replace(blank.encode(), b"sha256:" + hashlib.sha256(raw).hexdigest().encode(), 1)
+    (folder / "adapter.safetensors").write_bytes(whole)
     with pytest.raises(ag.StateMismatch, match=r"is damaged, or not the file that belongs to adapter\.json"):
         ag.load(base(), folder)
