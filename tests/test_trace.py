@@ -617,3 +617,46 @@ def test_parametrized_weights():
         adapted[0].adapter.up.weight.fill_(0.5)
         adapted[0].adapter.up.bias.fill_(0.5)
     assert torch.equal(adapted(x), adapted[0].adapter(model[0](x)).relu())
+
+
+class Store:
+    """What a forward puts its values into, such as a cache."""
+
+    def __init__(self, *values):
+        self.values = [list(values)]
+
+    def add(self, value):
+        self.values[0].append(value)
+
+
+class Storing(nn.Module):
+    """Keeps what it computes in an object that it is given, and reads what was there."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, store):
+        h = self.fc(x) + store.values[0][0]
+        store.add(h)
+        return h
+
+
+def test_an_object_among_the_arguments_is_left_as_it_was():
+    first = torch.randn(2, 4)
+    store = Store(first)
+    graph = ag.trace(Storing(), torch.randn(2, 4), store)
+    assert [value is first for value in store.values[0]] == [True]
+    assert graph["fc"].shape == (2, 4)
+
+
+def test_a_cache_is_left_as_it_was():
+    model = CASES["gpt2"].model().eval()
+    ids = torch.randint(2, 30, (1, 5))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    kept = [layer.keys.clone() for layer in cache.layers]
+    graph = ag.trace(model, input_ids=ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    assert all(type(layer.keys) is torch.Tensor for layer in cache.layers)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, kept, strict=True))
+    assert graph.splice("transformer.h.*.mlp", ag.Bottleneck(2)).bodies

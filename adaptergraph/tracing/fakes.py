@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import _lru_cache_wrapper
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+# a part of the model or of a library, never of one call
+_SHARED = (type, nn.Module, FunctionType, ModuleType)
 
 
 class Faker:
@@ -49,6 +55,21 @@ class Faker:
                 for name, tensor in table.items():
                     if isinstance(tensor, Tensor):
                         table[name] = self(tensor)
+
+
+def copy_over(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """A copy of an object over other tensors, so that a forward may write to it; what cannot be copied stays itself."""
+    found, level = [], [value]
+    for _ in range(6):
+        level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, _SHARED)]
+        found += [r for r in level if isinstance(r, Tensor)]
+        if len(level) > 20_000:
+            break
+    if isinstance(value, _SHARED):
+        return value
+    with suppress(Exception):
+        return copy.deepcopy(value, {id(tensor): fn(tensor) for tensor in found})
+    return value
 
 
 def clear_caches(left: Iterable[Tensor]) -> None:

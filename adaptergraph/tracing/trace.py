@@ -30,8 +30,8 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
-from .fakes import Faker, clear_caches
-from .parts import tensors
+from .fakes import Faker, clear_caches, copy_over
+from .parts import PLAIN, tensors
 from .record import Made, Operations, Record, Recorder, bound
 
 
@@ -258,7 +258,7 @@ def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
         return type(value)(_mapped(v, fn) for v in value)
     if type(value) is dict:
         return {k: _mapped(v, fn) for k, v in value.items()}
-    return value
+    return value if type(value) in PLAIN else copy_over(value, fn)
 
 
 @contextmanager
