@@ -329,7 +329,24 @@ LAYERS = [
     (lambda: ag.dense(x(), 8, biass=True), G, "dense has no option 'biass'", "did you mean 'bias'?"),
     (lambda: ag.dense(x(), 8, activation="rleu"), G, "unknown activation 'rleu'", "did you mean 'relu'?"),
     (lambda: ag.activation(x(), "rleu"), G, "unknown activation 'rleu'", "did you mean 'relu'?"),
-    (lambda: ag.activation(x(), None), G, "unknown activation None", ANY),
+    (lambda: ag.activation(x(), None), G, "unknown activation None", "it is called 'linear' here"),
+    (lambda: ag.activation(x(), 5), G, "unknown activation 5", ANY),
+    *(
+        ((lambda a=a: ag.activation(x(), a)), G, f"unknown activation {a!r}", hint)
+        for a, hint in (
+            ("Relu", "did you mean 'relu'?"),
+            ("ReLU6", "did you mean 'relu6'?"),
+            ("LeakyReLU", "did you mean 'leaky_relu'?"),
+            ("swish", "it is called 'silu' here"),
+            ("Hardswish", "it is called 'hard_silu' here"),
+            ("Identity", "it is called 'linear' here"),
+            ("none", "it is called 'linear' here"),
+            (
+                "gelu_new",
+                "'gelu' is the exact one; ag.gelu(x, approximate=\"tanh\") approximates it in a body of your own",
+            ),
+        )
+    ),
     (
         lambda: ag.activation(x(), "leaky_relu", slope=0.1),
         G,
