@@ -320,10 +320,54 @@ def test_a_base_with_other_weights_gets_a_warning(saved):
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="trained on a Encoder with other frozen weights than these"):
         ag.load(Encoder(), folder)
+    other = base()
+    with torch.no_grad():
+        other.layer[1]["fc"].weight *= 1.01
+    with pytest.warns(UserWarning, match="other frozen weights than these, in 1 of its parameters") as caught:
+        ag.load(other, folder)
+    there, here = (float(m.layer[1]["fc"].weight[0, 0].detach()) for m in (base(), other))
+    lines = str(caught[0].message).splitlines()
+    assert lines[1].split() == ["layer.1.fc.weight", "there", f"{there:.6g}", "here", f"{here:.6g}"]
+    assert lines[2].startswith("  to fix      load it onto the checkpoint that it was trained on")
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("here", DTYPES)
+@pytest.mark.parametrize("there", DTYPES)
+def test_the_same_base_in_another_dtype_gets_no_warning(tmp_path, there, here):
+    """Also values that are too small for float16; and a base that is not the same still gets one."""
+
+    def rounded(dtype, factor=1.0):
+        model = base(size=64)
+        with torch.no_grad():
+            model.layer[0]["fc"].weight.mul_(1e-5)
+            model.layer[1]["fc"].weight.mul_(factor)
+        return model.to(dtype)
+
+    ag.save(ag.trace(rounded(there), IDS).splice("layer.*.fc", METHOD).compile(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ag.load(base(), folder)
-        ag.load(ag.trace(base().bfloat16(), IDS), folder)
+        ag.load(rounded(here), tmp_path)
+    with pytest.warns(UserWarning, match="other frozen weights than these"):
+        ag.load(rounded(here, 1.03), tmp_path)
+
+
+def test_values_that_are_no_numbers_are_the_same_base(tmp_path):
+    def odd():
+        model = base()
+        with torch.no_grad():
+            model.layer[0]["fc"].weight[0, 0] = float("nan")
+            model.layer[1]["fc"].weight[0, 0] = float("-inf")
+        return model
+
+    ag.save(graph(odd()).compile(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ag.load(odd(), tmp_path)
+    with pytest.warns(UserWarning, match="in 2 of its parameters"):
+        ag.load(base(), tmp_path)
 
 
 def test_a_base_of_other_modules_gets_a_warning(saved):
