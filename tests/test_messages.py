@@ -606,6 +606,13 @@ GRAPHS = [
     (lambda: chain().select("*").where(op="dens"), U, "none of the 4 selected nodes is left", "did you mean 'dense'?"),
     (lambda: chain().select("*").where(lambda n: False), U, "none of the 4 selected nodes is left", None),
     (lambda: chain().select("*").where(shape=8), G, "a shape is a tuple of sizes, not 8", None),
+    (lambda: chain()(torch.ones(2, 8)), G, "a graph does not run", "compile it first: graph.compile()(…)"),
+    (
+        lambda: chain().diff(chain().compile()),
+        G,
+        f"a graph is compared with a graph, not with a {type(chain().compile()).__name__}",
+        "ag.graph_of(model) is the graph of a compiled model, ag.trace(model, …) that of any other",
+    ),
     (lambda: chain().freeze("act"), U, "'act' is no parameter of a host of this graph", ANY),
     (lambda: chain().freeze("*.wight"), U, "'*.wight' selects no parameter of a host", "use the nearest name"),
     (lambda: chain().freeze(lambda n: True), G, ANY, None),

@@ -402,10 +402,64 @@ def test_a_recipe_is_no_adapter(tmp_path):
         ag.load(base(), tmp_path)
 
 
-def test_a_model_without_bodies_cannot_be_saved(tmp_path):
-    with pytest.raises(ag.GraphError, match="this Encoder was not compiled from a graph"):
-        ag.save(base(), tmp_path / "a")
+def said(call):
+    """The first line of an error at this line, and what it says to do."""
+    with pytest.raises(ag.GraphError) as caught:
+        call()
+    assert caught.value.source.file == __file__
+    return str(caught.value).splitlines()[0], caught.value.hint
+
+
+def test_what_cannot_be_saved_says_which_step_is_missing(tmp_path):
+    folder = str(tmp_path / "a")
+    assert said(lambda: ag.save(base(), folder)) == (
+        "this Encoder was not compiled from a graph",
+        f"model = ag.trace(model, …).splice(at, method).compile(), train it, then ag.save(model, {folder!r})",
+    )
+    assert said(lambda: ag.save(graph(), folder)) == (
+        "a graph has no values to save",
+        f"model = graph.compile(), train it, then ag.save(model, {folder!r})",
+    )
+    assert said(lambda: ag.save(5, folder)) == ("5 is no model", "give what graph.compile() returned")
+    assert said(lambda: ag.adapter_state(graph())) == (
+        "this is a graph, not the model that is compiled from it",
+        "model = graph.compile()",
+    )
     assert not (tmp_path / "a").exists()
+
+
+def test_swapped_arguments(saved):
+    folder, model = str(saved[0]), saved[1]
+    assert said(lambda: ag.save("x2", model)) == (
+        f"the folder of save is a {type(model).__name__}, not a path",
+        "ag.save(model, 'x2')",
+    )
+    assert said(lambda: ag.load(folder, base())) == (
+        "the folder of load is a Encoder, not a path",
+        f"ag.load(model, {folder!r})",
+    )
+    assert said(lambda: ag.load(folder, graph()))[1] == f"ag.load(model, {folder!r})"
+    assert said(lambda: ag.save(model, 5)) == (
+        "the folder of save is a int, not a path",
+        "a path, such as 'adapter'",
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_a_file_of_an_adapter_where_its_folder_belongs(saved, name):
+    path = str(saved[0] / name)
+    assert said(lambda: ag.load(base(), path)) == (
+        f"{path!r} is one of the two files of an adapter",
+        f"give the folder {str(saved[0])!r}",
+    )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_of_an_adapter_is_no_state(saved, kind):
+    folder = saved[0]
+    with pytest.raises(ag.StateMismatch, match=r"is a folder of ag\.save, not a file of tensors") as caught:
+        graph().compile(state=kind(folder))
+    assert caught.value.hint == f"ag.load(model, {str(folder)!r}) makes the adapted model of a plain one"
 
 
 def test_a_folder_that_is_a_file(tmp_path, saved):

@@ -184,8 +184,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
             written; the path and the reason are named.
     """
+    target = _folder(folder, model, "save")
+    _refuse_uncompiled(model, folder)
     graph = graph_of(model)
-    target = Path(folder)
     state = adapter_state(model)
     meta = [n for n, t in state.items() if t.is_meta]
     if meta:
@@ -211,6 +212,35 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     write_files(target, {JSON: _described(text, raw), TENSORS: raw})
     _mend(target)
     return target
+
+
+def _folder(folder: Any, model: Any, verb: str) -> Path:
+    """The folder that a verb was given.
+
+    Raises:
+        GraphError: it is no path, or stands where the model belongs.
+    """
+    if isinstance(folder, str | os.PathLike):
+        return Path(folder)
+    swapped = isinstance(model, str | os.PathLike) and isinstance(folder, nn.Module | Graph)
+    raise GraphError(
+        f"the folder of {verb} is a {type(folder).__name__}, not a path",
+        source=here(),
+        hint=f"ag.{verb}(model, {os.fspath(model)!r})" if swapped else "a path, such as 'adapter'",
+    )
+
+
+def _refuse_uncompiled(model: Any, folder: Any) -> None:
+    """Says which steps are missing before something can be saved."""
+    if isinstance(model, Graph):
+        what, missing = "a graph has no values to save", "model = graph.compile()"
+    elif isinstance(model, nn.Module) and _is_plain(model):
+        what = f"this {type(model).__name__} was not compiled from a graph"
+        missing = "model = ag.trace(model, …).splice(at, method).compile()"
+    else:
+        return
+    hint = f"{missing}, train it, then ag.save(model, {os.fspath(folder)!r})"
+    raise GraphError(what, source=here(), hint=hint)
 
 
 def _version() -> str:
@@ -276,7 +306,7 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         StateMismatch: the files are damaged, or belong to another model; every mismatch is named.
         GraphError: the files are not there, or are no adapter.
     """
-    data, state = read_files(Path(folder))
+    data, state = read_files(_folder(folder, host, "load"))
     if isinstance(host, Graph):
         graph, model = host, None
     elif isinstance(host, nn.Module):
@@ -316,6 +346,12 @@ def _is_plain(model: nn.Module) -> bool:
 
 def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
     """What an adapter's two files say, once they are known to belong together."""
+    if folder.name in (JSON, TENSORS) and folder.is_file():
+        raise GraphError(
+            f"{str(folder)!r} is one of the two files of an adapter",
+            source=here(),
+            hint=f"give the folder {str(folder.parent)!r}",
+        )
     data: AdapterText = parsed(AdapterText, read_file(folder / JSON, _HINT), str(folder / JSON))
     if data.checksum is None or data.tensors is None or data.host is None:
         raise GraphError(
