@@ -930,7 +930,25 @@ SPLICES = [
         lambda: traced().splice("fc", nn.Linear(8, 8)),
         B,
         "Linear is a module, and a method is a function site -> Node",
-        "lambda site: ag.module(site.output, Linear(…))",
+        "lambda site: ag.module(site.output, nn.Linear(…))",
+    ),
+    (
+        lambda: chain().splice("a", nn.Linear),
+        B,
+        f"{nn.Linear!r} is no method and no callable site -> Node",
+        "lambda site: ag.module(site.output, nn.Linear(…))",
+    ),
+    (
+        lambda: chain().splice(ag.Bottleneck(4), "a"),
+        B,
+        "'a' is no method and no callable site -> Node",
+        "first where, then what: graph.splice('a', Bottleneck(4))",
+    ),
+    (
+        lambda: chain().splice("a", "bottleneck"),
+        B,
+        "'bottleneck' is no method and no callable site -> Node",
+        "first where, then what: graph.splice('a', ag.Bottleneck(16))",
     ),
     (
         lambda: traced().splice("/split", ag.Bottleneck(2)),
