@@ -110,6 +110,17 @@ def test_a_declared_graph_is_saved_and_loaded(tmp_path):
     assert torch.equal(other(value), model(value))
 
 
+def test_a_parallel_linear_bottleneck_is_lora_with_biases_and_is_saved(tmp_path):
+    method = ag.Bottleneck(4, parallel=True, activation="linear")
+    model = randomised(ag.trace(base(), IDS).splice("layer.*.fc", method).compile())
+    fc, value = model.layer[1]["fc"], torch.randn(5, 16)
+    a, b = fc.adapter.down, fc.adapter.up
+    by_hand = value @ fc.weight.T + fc.bias + (value @ a.weight.T + a.bias) @ b.weight.T + b.bias
+    assert torch.allclose(fc(value), by_hand, rtol=1e-4, atol=1e-4)
+    ag.save(model, tmp_path)
+    assert torch.equal(ag.load(base(), tmp_path)(IDS), model(IDS))
+
+
 def test_frozen_bodies_are_saved_and_stay_frozen(tmp_path):
     frozen = graph().freeze("**.adapter.down", bodies=True)
     model = frozen.compile()
