@@ -28,6 +28,9 @@ def loader(what: str, given: SimpleNamespace, generator: torch.Generator | None 
             hint = 'torch.tensor(…) makes one; a tokenizer gives them with padding=True, return_tensors="pt"'
             raise GraphError(f"{what}= is no dict of equally long tensors", sides=sides, source=here(), hint=hint)
         data = StackDataset(**data) if data else []
+    if type(data) in (tuple, list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        hint = "torch.utils.data.TensorDataset(x, y) makes samples of them, for loss="
+        raise GraphError(f"{what}= is a pair of tensors, not samples", source=here(), hint=hint)
     if isinstance(data, IterableDataset):
         return DataLoader(data, given.batch_size, collate_fn=given.collate)
     if isinstance(data, str | Tensor) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):

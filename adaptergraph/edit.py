@@ -9,7 +9,7 @@ from typing import Any
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
 from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, here
-from .graph import Graph, leaves, prefixes
+from .graph import Diff, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
@@ -253,3 +253,19 @@ def tap(graph: Graph, at: Selector) -> Graph:
                 hint="give the tap another name",
             )
     return graph._with(outputs=outputs)
+
+
+def diff(graph: Graph, other: Graph) -> Diff:
+    """See `Graph.diff`."""
+    if not isinstance(other, Graph):
+        raise GraphError(
+            f"a graph is compared with a graph, not with a {type(other).__name__}",
+            source=here(),
+            hint="ag.graph_of(model) is the graph of a compiled model, ag.trace(model, …) that of any other",
+        )
+    mine, theirs = graph._nodes, other._nodes
+    return Diff(
+        tuple(n for n in theirs if n not in mine),
+        tuple(n for n in mine if n not in theirs),
+        tuple(n for n in mine if n in theirs and not mine[n].same(theirs[n])),
+    )

@@ -121,9 +121,15 @@ def nearest(word: str, words: Iterable[str], count: int = 1) -> list[str]:
 
 
 def suggestion(word: str, words: Iterable[str]) -> str:
-    """A `did you mean` for a misspelt word, or the list of what there is."""
+    """A `did you mean` for a misspelt word, or the list of what there is.
+
+    >>> suggestion("Relu", ["elu", "relu"])
+    "did you mean 'relu'?"
+    """
     words = list(words)
-    close = nearest(word, words)
+    # without regard to case: `Relu` would be nearer to `elu` than to `relu`
+    folded = {w.lower(): w for w in reversed(words)}
+    close = nearest(word.lower(), reversed(folded))
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {folded[close[0]]!r}?"
     return "one of: " + ", ".join(map(str, words[:30])) + (" …" if len(words) > 30 else "")

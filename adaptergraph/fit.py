@@ -393,6 +393,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("schedule", lambda v: v in ("linear", "constant"), '"linear" or "constant"'),
     ("precision", lambda v: v in ("no", "bf16", "fp16"), '"bf16", "fp16" or "no"'),
     ("optimizer loss collate", callable, "a function"),
+    ("loss", lambda v: not isinstance(v, type), "an instance of such a class: loss=nn.CrossEntropyLoss()"),
     ("metrics", lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "a dict of fn(output, batch)"),
     ("folder", lambda v: isinstance(v, str | Path), "a path"),
 )

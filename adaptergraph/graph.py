@@ -397,7 +397,7 @@ class Graph(Verbs):
     # ------------------------------------------------------------------ comparing, checking
 
     def diff(self, other: Graph) -> Diff:
-        """What `other` has more, less, or reads elsewhere.
+        """What `other` has more, less, or reads elsewhere. Raises: GraphError, it is no graph.
 
         >>> import adaptergraph as ag
         >>> x = ag.input("x", shape=("batch", 8))
@@ -405,12 +405,9 @@ class Graph(Verbs):
         >>> graph.diff(graph.splice("fc", ag.Bottleneck(2))).rewired
         ('relu_0',)
         """
-        mine, theirs = self._nodes, other._nodes
-        return Diff(
-            tuple(n for n in theirs if n not in mine),
-            tuple(n for n in mine if n not in theirs),
-            tuple(n for n in mine if n in theirs and not mine[n].same(theirs[n])),
-        )
+        from .edit import diff
+
+        return diff(self, other)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):

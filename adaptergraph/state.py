@@ -104,6 +104,12 @@ def values_from(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """
     import safetensors.torch
 
+    if os.path.isfile(os.path.join(path, "adapter.json")):
+        raise StateMismatch(
+            f"{os.fspath(path)!r} is a folder of ag.save, not a file of tensors",
+            source=here(),
+            hint=f"ag.load(model, {os.fspath(path)!r}) makes the adapted model of a plain one",
+        )
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

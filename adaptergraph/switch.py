@@ -199,7 +199,8 @@ def _check_rows(switch: Switch, rows: Rows, x: Tensor) -> None:
         raise GraphError(
             f"{rows.numbers.shape[0]} tasks were given for {x.shape[0]} rows at {path!r}",
             node=path,
-            hint="give one task, or one for each row of the batch",
+            hint="give one task, or one for each row of the batch; generate(num_beams=n) makes n rows of each: repeat "
+            "each task n times",
         )
 
 

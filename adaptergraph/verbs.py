@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .errors import GraphError, here
 from .node import Node
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ class Verbs:
         from .rewrite import pop_node
 
         return pop_node(self)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what runs is the model that `graph.compile()` gives.
+
+        Raises:
+            GraphError: always.
+        """
+        raise GraphError("a graph does not run", source=here(), hint="compile it first: graph.compile()(…)")
 
     def get_inputs(self: Any) -> dict[str, Any]:
         """The shapes of the inputs by name."""

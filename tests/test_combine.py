@@ -461,6 +461,24 @@ def test_code_in_a_combination_has_no_name_in_a_file():
             lambda: ag.Stack(B),
             r"Stack takes methods or callables .*\n.*\n  to fix      make one of it: Bottleneck\(…\)",
         ),
+        (
+            lambda: ag.Stack([B(2), B(4)]),
+            r"Stack takes methods .*\n.*\n  to fix      one after the other, without brackets: "
+            r"Stack\(Bottleneck\(2\), Bottleneck\(4\)\)",
+        ),
+        (
+            lambda: ag.Sum({"a": B(2), "b": B(4)}),
+            r"Sum takes methods .*\n.*\n  to fix      one after the other, without brackets: "
+            r"Sum\(Bottleneck\(2\), Bottleneck\(4\)\)",
+        ),
+        (
+            lambda: ag.Stack(nn.Linear(8, 8)),
+            r"Stack takes methods .*\n.*\n  to fix      lambda site: ag.module\(site.output, nn.Linear\(…\)\)",
+        ),
+        (
+            lambda: ag.Fusion({"a": nn.Linear}),
+            r"Fusion takes methods .*\n.*\n  to fix      lambda site: ag.module\(site.output, nn.Linear\(…\)\)",
+        ),
         (lambda: ag.Stack(B(2), weights=(1,)), "Stack has no option 'weights'"),
         (lambda: ag.Sum(B(2), weight=(1,)), "Sum has no option 'weight'\n.*\n  to fix      did you mean 'weights'"),
         (lambda: ag.Sum(B(2), B(2), weights=(1,)), r"one number for each of its 2 methods, not \(1,\)"),

@@ -617,6 +617,7 @@ def refused(expected, model=None, data=None, **options):
         ({"seed": 1.0}, "seed is a whole number from 0 up"),
         ({"optimizer": "sgd"}, "optimizer is a function"),
         ({"loss": "mse"}, "loss is a function"),
+        ({"loss": nn.CrossEntropyLoss}, r"loss is an instance of such a class: loss=nn.CrossEntropyLoss\(\)"),
         ({"metrics": ["accuracy"]}, r"metrics is a dict of fn\(output, batch\)"),
         ({"metrics": {"f1": 1}}, r"metrics is a dict of fn\(output, batch\)"),
         ({"folder": 3}, "folder is a path"),
@@ -630,6 +631,14 @@ def test_options_of_the_wrong_kind(options, hint):
         fit(data=rows(), **{"model": declared().compile(), "loss": F.cross_entropy, **options})
     assert str(error.value).startswith(f"{name}={value!r} cannot be\n")
     assert error.value.hint == hint.replace("\\", "")
+
+
+@pytest.mark.parametrize("what", ["data", "evaluate"])
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_pair_of_tensors_is_no_data(what, kind):
+    given = kind((torch.randn(8, 8), torch.zeros(8, dtype=torch.int64)))
+    text = refused(f"{what}= is a pair of tensors, not samples", **{what: given})
+    assert "to fix      torch.utils.data.TensorDataset(x, y) makes samples of them, for loss=" in text
 
 
 def test_nothing_to_train():

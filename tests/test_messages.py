@@ -329,7 +329,24 @@ LAYERS = [
     (lambda: ag.dense(x(), 8, biass=True), G, "dense has no option 'biass'", "did you mean 'bias'?"),
     (lambda: ag.dense(x(), 8, activation="rleu"), G, "unknown activation 'rleu'", "did you mean 'relu'?"),
     (lambda: ag.activation(x(), "rleu"), G, "unknown activation 'rleu'", "did you mean 'relu'?"),
-    (lambda: ag.activation(x(), None), G, "unknown activation None", ANY),
+    (lambda: ag.activation(x(), None), G, "unknown activation None", "it is called 'linear' here"),
+    (lambda: ag.activation(x(), 5), G, "unknown activation 5", ANY),
+    *(
+        ((lambda a=a: ag.activation(x(), a)), G, f"unknown activation {a!r}", hint)
+        for a, hint in (
+            ("Relu", "did you mean 'relu'?"),
+            ("ReLU6", "did you mean 'relu6'?"),
+            ("LeakyReLU", "did you mean 'leaky_relu'?"),
+            ("swish", "it is called 'silu' here"),
+            ("Hardswish", "it is called 'hard_silu' here"),
+            ("Identity", "it is called 'linear' here"),
+            ("none", "it is called 'linear' here"),
+            (
+                "gelu_new",
+                "'gelu' is the exact one; ag.gelu(x, approximate=\"tanh\") approximates it in a body of your own",
+            ),
+        )
+    ),
     (
         lambda: ag.activation(x(), "leaky_relu", slope=0.1),
         G,
@@ -589,6 +606,13 @@ GRAPHS = [
     (lambda: chain().select("*").where(op="dens"), U, "none of the 4 selected nodes is left", "did you mean 'dense'?"),
     (lambda: chain().select("*").where(lambda n: False), U, "none of the 4 selected nodes is left", None),
     (lambda: chain().select("*").where(shape=8), G, "a shape is a tuple of sizes, not 8", None),
+    (lambda: chain()(torch.ones(2, 8)), G, "a graph does not run", "compile it first: graph.compile()(…)"),
+    (
+        lambda: chain().diff(chain().compile()),
+        G,
+        f"a graph is compared with a graph, not with a {type(chain().compile()).__name__}",
+        "ag.graph_of(model) is the graph of a compiled model, ag.trace(model, …) that of any other",
+    ),
     (lambda: chain().freeze("act"), U, "'act' is no parameter of a host of this graph", ANY),
     (lambda: chain().freeze("*.wight"), U, "'*.wight' selects no parameter of a host", "use the nearest name"),
     (lambda: chain().freeze(lambda n: True), G, ANY, None),
@@ -906,7 +930,25 @@ SPLICES = [
         lambda: traced().splice("fc", nn.Linear(8, 8)),
         B,
         "Linear is a module, and a method is a function site -> Node",
-        "lambda site: ag.module(site.output, Linear(…))",
+        "lambda site: ag.module(site.output, nn.Linear(…))",
+    ),
+    (
+        lambda: chain().splice("a", nn.Linear),
+        B,
+        f"{nn.Linear!r} is no method and no callable site -> Node",
+        "lambda site: ag.module(site.output, nn.Linear(…))",
+    ),
+    (
+        lambda: chain().splice(ag.Bottleneck(4), "a"),
+        B,
+        "'a' is no method and no callable site -> Node",
+        "first where, then what: graph.splice('a', Bottleneck(4))",
+    ),
+    (
+        lambda: chain().splice("a", "bottleneck"),
+        B,
+        "'bottleneck' is no method and no callable site -> Node",
+        "first where, then what: graph.splice('a', ag.Bottleneck(16))",
     ),
     (
         lambda: traced().splice("/split", ag.Bottleneck(2)),

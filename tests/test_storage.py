@@ -110,6 +110,17 @@ def test_a_declared_graph_is_saved_and_loaded(tmp_path):
     assert torch.equal(other(value), model(value))
 
 
+def test_a_parallel_linear_bottleneck_is_lora_with_biases_and_is_saved(tmp_path):
+    method = ag.Bottleneck(4, parallel=True, activation="linear")
+    model = randomised(ag.trace(base(), IDS).splice("layer.*.fc", method).compile())
+    fc, value = model.layer[1]["fc"], torch.randn(5, 16)
+    a, b = fc.adapter.down, fc.adapter.up
+    by_hand = value @ fc.weight.T + fc.bias + (value @ a.weight.T + a.bias) @ b.weight.T + b.bias
+    assert torch.allclose(fc(value), by_hand, rtol=1e-4, atol=1e-4)
+    ag.save(model, tmp_path)
+    assert torch.equal(ag.load(base(), tmp_path)(IDS), model(IDS))
+
+
 def test_frozen_bodies_are_saved_and_stay_frozen(tmp_path):
     frozen = graph().freeze("**.adapter.down", bodies=True)
     model = frozen.compile()
@@ -320,10 +331,54 @@ def test_a_base_with_other_weights_gets_a_warning(saved):
     torch.manual_seed(1)
     with pytest.warns(UserWarning, match="trained on a Encoder with other frozen weights than these"):
         ag.load(Encoder(), folder)
+    other = base()
+    with torch.no_grad():
+        other.layer[1]["fc"].weight *= 1.01
+    with pytest.warns(UserWarning, match="other frozen weights than these, in 1 of its parameters") as caught:
+        ag.load(other, folder)
+    there, here = (float(m.layer[1]["fc"].weight[0, 0].detach()) for m in (base(), other))
+    lines = str(caught[0].message).splitlines()
+    assert lines[1].split() == ["layer.1.fc.weight", "there", f"{there:.6g}", "here", f"{here:.6g}"]
+    assert lines[2].startswith("  to fix      load it onto the checkpoint that it was trained on")
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("here", DTYPES)
+@pytest.mark.parametrize("there", DTYPES)
+def test_the_same_base_in_another_dtype_gets_no_warning(tmp_path, there, here):
+    """Also values that are too small for float16; and a base that is not the same still gets one."""
+
+    def rounded(dtype, factor=1.0):
+        model = base(size=64)
+        with torch.no_grad():
+            model.layer[0]["fc"].weight.mul_(1e-5)
+            model.layer[1]["fc"].weight.mul_(factor)
+        return model.to(dtype)
+
+    ag.save(ag.trace(rounded(there), IDS).splice("layer.*.fc", METHOD).compile(), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ag.load(base(), folder)
-        ag.load(ag.trace(base().bfloat16(), IDS), folder)
+        ag.load(rounded(here), tmp_path)
+    with pytest.warns(UserWarning, match="other frozen weights than these"):
+        ag.load(rounded(here, 1.03), tmp_path)
+
+
+def test_values_that_are_no_numbers_are_the_same_base(tmp_path):
+    def odd():
+        model = base()
+        with torch.no_grad():
+            model.layer[0]["fc"].weight[0, 0] = float("nan")
+            model.layer[1]["fc"].weight[0, 0] = float("-inf")
+        return model
+
+    ag.save(graph(odd()).compile(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ag.load(odd(), tmp_path)
+    with pytest.warns(UserWarning, match="in 2 of its parameters"):
+        ag.load(base(), tmp_path)
 
 
 def test_a_base_of_other_modules_gets_a_warning(saved):
@@ -358,10 +413,64 @@ def test_a_recipe_is_no_adapter(tmp_path):
         ag.load(base(), tmp_path)
 
 
-def test_a_model_without_bodies_cannot_be_saved(tmp_path):
-    with pytest.raises(ag.GraphError, match="this Encoder was not compiled from a graph"):
-        ag.save(base(), tmp_path / "a")
+def said(call):
+    """The first line of an error at this line, and what it says to do."""
+    with pytest.raises(ag.GraphError) as caught:
+        call()
+    assert caught.value.source.file == __file__
+    return str(caught.value).splitlines()[0], caught.value.hint
+
+
+def test_what_cannot_be_saved_says_which_step_is_missing(tmp_path):
+    folder = str(tmp_path / "a")
+    assert said(lambda: ag.save(base(), folder)) == (
+        "this Encoder was not compiled from a graph",
+        f"model = ag.trace(model, …).splice(at, method).compile(), train it, then ag.save(model, {folder!r})",
+    )
+    assert said(lambda: ag.save(graph(), folder)) == (
+        "a graph has no values to save",
+        f"model = graph.compile(), train it, then ag.save(model, {folder!r})",
+    )
+    assert said(lambda: ag.save(5, folder)) == ("5 is no model", "give what graph.compile() returned")
+    assert said(lambda: ag.adapter_state(graph())) == (
+        "this is a graph, not the model that is compiled from it",
+        "model = graph.compile()",
+    )
     assert not (tmp_path / "a").exists()
+
+
+def test_swapped_arguments(saved):
+    folder, model = str(saved[0]), saved[1]
+    assert said(lambda: ag.save("x2", model)) == (
+        f"the folder of save is a {type(model).__name__}, not a path",
+        "ag.save(model, 'x2')",
+    )
+    assert said(lambda: ag.load(folder, base())) == (
+        "the folder of load is a Encoder, not a path",
+        f"ag.load(model, {folder!r})",
+    )
+    assert said(lambda: ag.load(folder, graph()))[1] == f"ag.load(model, {folder!r})"
+    assert said(lambda: ag.save(model, 5)) == (
+        "the folder of save is a int, not a path",
+        "a path, such as 'adapter'",
+    )
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_a_file_of_an_adapter_where_its_folder_belongs(saved, name):
+    path = str(saved[0] / name)
+    assert said(lambda: ag.load(base(), path)) == (
+        f"{path!r} is one of the two files of an adapter",
+        f"give the folder {str(saved[0])!r}",
+    )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_of_an_adapter_is_no_state(saved, kind):
+    folder = saved[0]
+    with pytest.raises(ag.StateMismatch, match=r"is a folder of ag\.save, not a file of tensors") as caught:
+        graph().compile(state=kind(folder))
+    assert caught.value.hint == f"ag.load(model, {str(folder)!r}) makes the adapted model of a plain one"
 
 
 def test_a_folder_that_is_a_file(tmp_path, saved):

@@ -319,6 +319,17 @@ def test_operations_that_join_values_are_shown_once(traced):
     assert [b.title for b in joins] == ["scaled_dot_product_attention", "+"]
 
 
+@pytest.mark.parametrize("mark", [(), ("model.layers.0.self_attn/mul",)])
+def test_a_join_is_called_after_the_operation_that_it_shows(traced, mark):
+    graph = traced("llama").graph.splice("**.{q,k,v,o}_proj", ag.Bottleneck(4))
+    shown = check(graph, mark=mark)
+    joins = [b for b in shown.boxes() if b.kind == "join"]
+    assert "model.layers.0.self_attn/scaled_dot_product_attention" in {b.name for b in joins}
+    assert all(graph[b.name].op == b.op and graph[b.name].shape == b.shape for b in joins)
+    assert {b.name for b in shown.boxes() if b.marked} == set(mark)
+    assert "self_attn/scaled_dot_product_attention" in str(graph.summary())
+
+
 def test_a_mask_is_a_side_link(traced):
     shown = check(traced("bert").graph)
     side = links(shown, "side")

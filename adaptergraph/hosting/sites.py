@@ -260,12 +260,18 @@ def graph_of(model: nn.Module) -> Graph:
     """The graph that a compiled model is.
 
     Raises:
-        GraphError: the model was not made by `graph.compile`.
+        GraphError: the model was not made by `graph.compile`, or is no model.
 
     >>> import adaptergraph as ag
     >>> ag.graph_of(ag.Adapter.build(8, 2).compile()) == ag.Adapter.build(8, 2)
     True
     """
+    if isinstance(model, Graph):
+        raise GraphError(
+            "this is a graph, not the model that is compiled from it", source=here(), hint="model = graph.compile()"
+        )
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"{model!r} is no model", source=here(), hint="give what graph.compile() returned")
     model = inside(model)
     if ATTACHED in model.__dict__:
         return model.__dict__[ATTACHED].graph
@@ -274,7 +280,7 @@ def graph_of(model: nn.Module) -> Graph:
     raise GraphError(
         f"this {type(model).__name__} was not compiled from a graph",
         source=here(),
-        hint="ag.trace(model, …) makes a graph of it",
+        hint="ag.trace(model, …) makes a graph of it, graph.splice(at, method).compile() a model with bodies",
     )
 
 
@@ -294,7 +300,7 @@ def detach(model: nn.Module) -> nn.Module:
         raise GraphError(
             f"nothing is attached to this {type(model).__name__}",
             source=here(),
-            hint="give the model that graph.compile() returned",
+            hint="give the model that graph.compile() returned; it may have been detached already",
         )
     refuse_changed(model, record)
     take_off(model, record)

@@ -81,6 +81,17 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "tanh": (torch.tanh, ()),
 }
 
+# what others call them, in small letters
+_SYNONYMS = {
+    **dict.fromkeys(("none", "identity"), "it is called 'linear' here"),
+    "swish": "it is called 'silu' here",
+    **dict.fromkeys(("hard_swish", "hardswish"), "it is called 'hard_silu' here"),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_tanh", "gelu_fast"),
+        "'gelu' is the exact one; ag.gelu(x, approximate=\"tanh\") approximates it in a body of your own",
+    ),
+}
+
 _ROWS = [
     Op("dense", "x W^T + b over the last dimension", module=_dense, floats=1),
     Op("embedding", "rows of a table by index", module=lambda x, vocab_size, size: nn.Embedding(vocab_size, size)),
@@ -112,11 +123,11 @@ def check_activation(name: Any) -> str:
     """An activation's name, or an error with the nearest one."""
     if isinstance(name, str) and name in ACTIVATIONS:
         return name
-    raise GraphError(
-        f"unknown activation {name!r}",
-        source=here(),
-        hint=suggestion(name, ACTIVATIONS) if isinstance(name, str) else "a name: " + ", ".join(ACTIVATIONS),
-    )
+    if isinstance(name, str):
+        hint = _SYNONYMS.get(name.lower()) or suggestion(name, ACTIVATIONS)
+    else:
+        hint = _SYNONYMS["none"] if name is None else "a name: " + ", ".join(ACTIVATIONS)
+    raise GraphError(f"unknown activation {name!r}", source=here(), hint=hint)
 
 
 def runnable(op: str, options: Mapping[str, Any]) -> Callable[[Sequence[Value]], Any]:

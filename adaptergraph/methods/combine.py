@@ -20,7 +20,7 @@ from ..layers.calls import check_rate
 from ..layers.initializers import INITIALIZERS
 from ..names import check_name
 from ..node import Node, format_shape
-from ..splicing.surgery import Site, made
+from ..splicing.surgery import Site, made, method_of
 from .base import method
 
 
@@ -337,8 +337,11 @@ def _named(combination: Any, own: tuple[str, ...]) -> Branches:
 
 
 def _check_method(kind: str, value: Any) -> None:
-    if isinstance(value, type) or not callable(getattr(value, "apply", value)):
-        hint = f"make one of it: {value.__name__}(…)" if isinstance(value, type) else None
+    hint = method_of(value)
+    if hint is not None or not callable(getattr(value, "apply", value)):
+        if isinstance(value, list | tuple | Mapping):
+            inside = value.values() if isinstance(value, Mapping) else value
+            hint = f"one after the other, without brackets: {kind}({', '.join(map(repr, inside))})"
         raise GraphError(f"{kind} takes methods or callables site -> Node, not {value!r}", source=here(), hint=hint)
     if isinstance(value, Switch):
         raise GraphError(

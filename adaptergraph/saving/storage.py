@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +33,20 @@ _BLANK = "sha256:" + 64 * "0"
 _HINT = f"a folder of ag.save holds {JSON} and {TENSORS}"
 
 
+class SampleText(Strict):
+    """A few values of a frozen parameter, and the dtype that they were rounded to."""
+
+    dtype: str
+    values: list[float]
+
+
 class HostText(Strict):
     """What an adapter was made for: the shapes of all host parameters, and what the model was called with."""
 
     cls: str
     parameters: dict[str, list[int]]
     structure: str | None = None
-    values: str | None = None
+    values: dict[str, SampleText] | None = None
     example: dict[str, dict[str, Any]] | None = None
 
 
@@ -176,8 +184,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
             written; the path and the reason are named.
     """
+    target = _folder(folder, model, "save")
+    _refuse_uncompiled(model, folder)
     graph = graph_of(model)
-    target = Path(folder)
     state = adapter_state(model)
     meta = [n for n, t in state.items() if t.is_meta]
     if meta:
@@ -203,6 +212,35 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     write_files(target, {JSON: _described(text, raw), TENSORS: raw})
     _mend(target)
     return target
+
+
+def _folder(folder: Any, model: Any, verb: str) -> Path:
+    """The folder that a verb was given.
+
+    Raises:
+        GraphError: it is no path, or stands where the model belongs.
+    """
+    if isinstance(folder, str | os.PathLike):
+        return Path(folder)
+    swapped = isinstance(model, str | os.PathLike) and isinstance(folder, nn.Module | Graph)
+    raise GraphError(
+        f"the folder of {verb} is a {type(folder).__name__}, not a path",
+        source=here(),
+        hint=f"ag.{verb}(model, {os.fspath(model)!r})" if swapped else "a path, such as 'adapter'",
+    )
+
+
+def _refuse_uncompiled(model: Any, folder: Any) -> None:
+    """Says which steps are missing before something can be saved."""
+    if isinstance(model, Graph):
+        what, missing = "a graph has no values to save", "model = graph.compile()"
+    elif isinstance(model, nn.Module) and _is_plain(model):
+        what = f"this {type(model).__name__} was not compiled from a graph"
+        missing = "model = ag.trace(model, …).splice(at, method).compile()"
+    else:
+        return
+    hint = f"{missing}, train it, then ag.save(model, {os.fspath(folder)!r})"
+    raise GraphError(what, source=here(), hint=hint)
 
 
 def _version() -> str:
@@ -268,7 +306,7 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         StateMismatch: the files are damaged, or belong to another model; every mismatch is named.
         GraphError: the files are not there, or are no adapter.
     """
-    data, state = read_files(Path(folder))
+    data, state = read_files(_folder(folder, host, "load"))
     if isinstance(host, Graph):
         graph, model = host, None
     elif isinstance(host, nn.Module):
@@ -308,6 +346,12 @@ def _is_plain(model: nn.Module) -> bool:
 
 def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
     """What an adapter's two files say, once they are known to belong together."""
+    if folder.name in (JSON, TENSORS) and folder.is_file():
+        raise GraphError(
+            f"{str(folder)!r} is one of the two files of an adapter",
+            source=here(),
+            hint=f"give the folder {str(folder.parent)!r}",
+        )
     data: AdapterText = parsed(AdapterText, read_file(folder / JSON, _HINT), str(folder / JSON))
     if data.checksum is None or data.tensors is None or data.host is None:
         raise GraphError(
@@ -420,30 +464,63 @@ def _structure(host: Graph) -> str:
     return _checksum(json.dumps(parts).encode())
 
 
-def _values(model: nn.Module, graph: Graph) -> str | None:
-    """A fingerprint of the frozen values: sixteen of each tensor, in bfloat16, so that a rounded base is the same."""
+def _values(model: nn.Module, graph: Graph) -> dict[str, dict[str, Any]] | None:
+    """Eight values of each frozen parameter, which tell another base from the same one in another dtype."""
     own = dict(model.named_parameters())
-    names = [n for n in sorted(graph.params) if n in own and not graph.trained[n] and n not in graph.body_params]
-    frozen = [own[n].detach() for n in names if own[n].numel()]
-    if any(t.is_meta for t in frozen):
+    names = [n for n in graph.params if n in own and not graph.trained[n] and n not in graph.body_params]
+    frozen = {n: own[n].detach() for n in names if own[n].numel()}
+    if any(t.is_meta for t in frozen.values()):
         return None
-    digest = hashlib.sha256()
-    for tensor in frozen:
+    found = {}
+    for name, tensor in frozen.items():
         flat = tensor.flatten()
-        picked = flat[torch.linspace(0, flat.numel() - 1, 16, device=flat.device).long()]
-        digest.update(picked.to("cpu", torch.float32).bfloat16().view(torch.int16).numpy().tobytes())
-    return "sha256:" + digest.hexdigest()
+        picked = flat[torch.linspace(0, flat.numel() - 1, 8, device=flat.device).long()].to("cpu", torch.float32)
+        values = [float(f"{value:.9g}") for value in picked.tolist()]
+        found[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "values": values}
+    return found
+
+
+def _other_values(mine: Mapping[str, Any], theirs: Mapping[str, SampleText]) -> list[tuple[str, str, str]]:
+    """The parameters whose values differ by more than rounding to the two dtypes, with the first that does."""
+    rows = []
+    for name in (n for n in mine if n in theirs):
+        pairs = zip(theirs[name].values, mine[name]["values"], strict=False)
+        dtypes = dtype_from(theirs[name].dtype), dtype_from(mine[name]["dtype"])
+        first = next(((there, here) for there, here in pairs if not _rounded(there, here, dtypes)), None)
+        if first is not None:
+            rows.append((name, f"there {first[0]:.6g}", f"here {first[1]:.6g}"))
+    return rows
+
+
+def _rounded(one: float, other: float, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether two numbers can be one number, rounded to two dtypes."""
+    slack = 0.0
+    for dtype in dtypes:
+        if dtype.is_floating_point:
+            about = torch.finfo(dtype)
+            # the values were read as float32
+            slack += max(about.eps, torch.finfo(torch.float32).eps) * max(
+                min(abs(one), abs(other)), about.smallest_normal
+            )
+    return one == other or abs(one - other) <= slack or (math.isnan(one) and math.isnan(other))
 
 
 def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> None:
     """Shapes that fit do not make it the same base; whether it serves is for the user to say."""
     assert data.host is not None
+    trained_on = f"the adapter was trained on a {data.host.cls} with"
     if data.host.structure is not None and data.host.structure != _structure(without_splices(graph)):
-        warnings.warn(f"the adapter was trained on a {data.host.cls} with modules of other classes", stacklevel=3)
-    elif None not in (data.host.values, found := _values(model, graph)) and data.host.values != found:
-        warnings.warn(
-            f"the adapter was trained on a {data.host.cls} with other frozen weights than these", stacklevel=3
+        warnings.warn(f"{trained_on} modules of other classes", stacklevel=3)
+        return
+    rows = _other_values(_values(model, graph) or {}, data.host.values or {})
+    if rows:
+        more = [(f"… and {len(rows) - 3} more",)] if len(rows) > 3 else []
+        text = GraphError(
+            f"{trained_on} other frozen weights than these, in {len(rows)} of its parameters",
+            sides=[*rows[:3], *more],
+            hint="load it onto the checkpoint that it was trained on; if you changed the base on purpose, train again",
         )
+        warnings.warn(str(text), stacklevel=3)
 
 
 def mismatch(

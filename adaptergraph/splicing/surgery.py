@@ -95,14 +95,15 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         raise BadSplice(
             f"{type(method).__name__} is a module, and a method is a function site -> Node",
             source=source,
-            hint=f"lambda site: ag.module(site.output, {type(method).__name__}(…))",
+            hint=method_of(method),
         )
     if isinstance(method, type) or not callable(apply):
-        raise BadSplice(
-            f"{method!r} is no method and no callable site -> Node",
-            source=source,
-            hint=f"make one of it: {method.__name__}(…)" if isinstance(method, type) else None,
-        )
+        hint = method_of(method)
+        if isinstance(method, str | Span):
+            named = isinstance(at, str | Span)
+            place, what = (repr(at), "ag.Bottleneck(16)") if named else (repr(method), repr(at))
+            hint = f"first where, then what: graph.splice({place}, {what})"
+        raise BadSplice(f"{method!r} is no method and no callable site -> Node", source=source, hint=hint)
     where = _where(at, where or getattr(method, "where", "after"), source)
     starts = starts_of(graph, at, source)
     hosts = hosts_of(graph, at, where, source)
@@ -122,6 +123,17 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         splices=(*graph.splices, record),
         overrides={**graph._overrides, **_frozen(draft, record)},
     )
+
+
+def method_of(given: Any) -> str | None:
+    """What to write in place of a module or class that was given where a method belongs; None for anything else."""
+    cls = type(given) if isinstance(given, torch.nn.Module) else given
+    if not isinstance(cls, type):
+        return None
+    if issubclass(cls, torch.nn.Module):
+        prefix = "nn." if cls.__module__.startswith("torch.nn.") else ""
+        return f"lambda site: ag.module(site.output, {prefix}{cls.__name__}(…))"
+    return f"make one of it: {cls.__name__}(…)"
 
 
 def _where(at: Selector, where: Any, source: Source | None) -> str:

@@ -132,6 +132,10 @@ class Boxes:
         if own or len(data) > 1:
             draft = self._join_of(i, name, item, data, own)
             draft.kind = "box" if params else draft.kind
+            # it is called after the operation whose value leaves it
+            del self.drafts[draft.name]
+            draft.name = name
+            self.drafts[name] = draft
             draft.joins.append(node.op)
             self._join(name, draft)
             self._read(node, draft)
@@ -158,7 +162,8 @@ class Boxes:
         """The join of the same forward that this operation can go into without closing a circle, or a new one."""
         last = self.latest.get(item)
         others = [d.depth for d in data if d is not last]
-        if last is not None and not own and not last.norm and max(others, default=0) < last.depth:
+        closed = last is None or own or last.norm or last.name in self.special
+        if last is not None and not closed and max(others, default=0) < last.depth:
             related = last in data or any((d, last) in self.edges for d in data)
             if related:
                 return last
