@@ -383,3 +383,20 @@ def sizes_of_optional(graph: Graph, name: str, node: Node) -> list[tuple[str, in
         else:
             sizes.append(found)
     return sizes
+
+
+def alive(graph: Graph) -> frozenset[str]:
+    """The values of which something comes: an output, or what an imported model keeps beside its outputs."""
+    found: set[str] = set()
+    stack = [*graph.output_names(), *(graph.imported.kept if graph.imported is not None else ())]
+    while stack:
+        name = stack.pop()
+        if name in found:
+            continue
+        found.add(name)
+        node = graph._nodes[name]
+        if node.op == "output":
+            # a further output comes of what its call reads, and not of the first output
+            node = graph._nodes[node.inputs[0]]
+        stack += node.inputs
+    return frozenset(found)

@@ -16,7 +16,7 @@ from .bodies import Body, Splice
 from .errors import UnknownNode, here
 from .names import path_of
 from .node import EMPTY, Node, Param
-from .select import Selection, Selector, no_match, select
+from .select import Selection, Selector, select, unknown
 from .verbs import Verbs
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class Graph(Verbs):
             return (name, *self.further_calls.get(name, ()))
         if name in self.containers:
             return (self.containers[name][0],)
-        raise no_match(name, self.selectable)
+        raise unknown(self, name)
 
     def op_of(self, name: str) -> str:
         """What a node or module is: its op, or the class of an imported module."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from .collect import alive
 from .errors import GraphError, UnknownNode, here, suggestion
 from .graph import Graph
 from .names import path_of
@@ -100,7 +101,12 @@ def places(graph: Graph, preset: str) -> Selection:
 
 def _found(graph: Graph, structure: Structure, role: str, without: Sequence[str]) -> list[str]:
     names = [name for name in structure.playing(role) if not any(structure.plays(other, name) for other in without)]
-    return [place for name in names if (place := _place(graph, structure, name, exact=role not in OUTPUTS))]
+    found = [place for name in names if (place := _place(graph, structure, name, exact=role not in OUTPUTS))]
+    if graph.imported is None:
+        return found
+    # a model may run layers of which nothing comes, as one that reads its hidden states before the last layer
+    read = alive(graph)
+    return [place for place in found if not read.isdisjoint(graph.calls_of(place))]
 
 
 def _place(graph: Graph, structure: Structure, name: str, exact: bool) -> str | None:

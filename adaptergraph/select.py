@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import GraphError, Source, UnknownNode, here, nearest, suggestion
+from .names import path_of
 from .node import Node
 
 if TYPE_CHECKING:
@@ -364,6 +365,27 @@ def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode
         sides=sides,
         source=here(),
         hint="use the nearest name" if sides else "print(graph.summary(fold=False)) lists every name",
+    )
+
+
+def unknown(graph: Graph, name: str) -> UnknownNode:
+    """The error for a name that is none: the nearest ones, or which outputs of that module the model reads."""
+    from .collect import alive
+
+    path, called = path_of(name), name.partition(":")[0]
+    if graph.imported is None or ":" not in name or "/" in name or graph.imported.values(called) is None:
+        return no_match(name, graph.selectable)
+    calls, read = graph.imported.modules[path].calls, alive(graph)
+    labels = dict.fromkeys(label for call in calls for label, node, _ in call.parts if node in read)
+    one = any(call.output and not call.parts for call in calls)
+    return UnknownNode(
+        f"the model reads no output {name.partition(':')[2]!r} of {path!r}",
+        node=name,
+        sides=[("gives", path, "one tensor")] if one else [("reads", f"{path}:{label}") for label in list(labels)[:6]],
+        source=here(),
+        hint=f"{path!r} is the name of that tensor"
+        if one
+        else f"mend the name; if {path!r} gives such a value, nothing reads it: a body there would change nothing",
     )
 
 

@@ -152,8 +152,10 @@ def test_what_is_compiled_is_what_the_graph_says(seed, tmp_path):
     modules = [n for n, m in graph.imported.modules.items() if n and m.calls]
     places = modules + [n for n in graph if "/" in n and graph._nodes[n].op in ("add", "mul", "tanh")]
     ran = 0
-    for _ in range(6):
+    for _ in range(40):
         adapted = graph
+        if ran == 6:
+            break
         try:
             for number in range(rng.randint(1, 3)):
                 at = rng.choice(places)
@@ -168,3 +170,30 @@ def test_what_is_compiled_is_what_the_graph_says(seed, tmp_path):
             assert (a - b).norm() <= 1e-3 * b.norm() + 1e-3
         ran += 1
     assert ran, "nothing but refusals: the model says nothing"
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+@torch.no_grad()
+def test_a_body_that_is_refused_as_unread_would_change_nothing(seed, tmp_path, monkeypatch):
+    base, _ = written(seed + seed // 3 % 3, tmp_path)
+    x = torch.randn(2, WIDTH)
+    graph = ag.trace(base, x)
+    expected = found(base(x.clone()))
+    forget(base)
+    places = [n for n, m in graph.imported.modules.items() if n and m.calls]
+    for at in [*places, *(n for n in graph if "/" in n and graph._nodes[n].op in ("add", "mul", "tanh"))]:
+        for where in ("after",) if "/" in at else ("after", "before"):
+            try:
+                graph.splice(at, ag.Bottleneck(2), where=where)
+            except ag.BadSplice as error:
+                if "would change nothing" not in str(error):
+                    continue
+                with monkeypatch.context() as patched:
+                    patched.setattr("adaptergraph.splicing.surgery.refuse_unread", lambda *given: None)
+                    let_in = graph.splice(at, ag.Bottleneck(2), where=where)
+                try:
+                    model = randomise(let_in.compile(), 1.0)
+                except ag.BadSplice:
+                    continue
+                for a, b in zip(found(model(x.clone())), expected, strict=True):
+                    assert torch.equal(a, b)

@@ -84,6 +84,34 @@ class Half(nn.Module):
         return h, self.arg(h), self.aside(t), whole, first + second
 
 
+class Unread(nn.Module):
+    """A model that reads one of two outputs of its children, and nothing of another child."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+        self.pair = Pair()
+        self.dead = nn.Linear(8, 8)
+        self.deader = nn.Linear(8, 8)
+
+    def forward(self, t):
+        _states, (hidden, _) = self.lstm(t)
+        b = self.pair(hidden)["b"]
+        self.deader(self.dead(b))
+        return b
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, t):
+        a = self.a(t)
+        return {"a": a, "b": self.b(a)}
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -111,6 +139,10 @@ class Best(nn.Module):
     def forward(self, t):
         value, place = self.top(t)
         return value + place[:, None]
+
+
+def unread(at, **how):
+    return ag.trace(Unread(), torch.ones(2, 3, 8)).splice(at, ag.Bottleneck(2), **how)
 
 
 def traced():
@@ -883,6 +915,48 @@ SPLICES = [
         B,
         "'idle' (Linear) is never called: a body there would never run",
         ANY,
+    ),
+    (
+        lambda: unread("lstm"),
+        B,
+        "'lstm' gives a value that nothing reads: a body there would change nothing",
+        "splice at 'lstm:1:0', which 'pair.a' reads",
+    ),
+    (
+        lambda: unread("lstm:0"),
+        B,
+        "'lstm:0' gives a value that nothing reads: a body there would change nothing",
+        "splice at 'lstm:1:0', which 'pair.a' reads",
+    ),
+    (
+        lambda: unread("pair"),
+        B,
+        "'pair' gives a value that nothing reads: a body there would change nothing",
+        "splice at 'pair:b', which the model returns",
+    ),
+    (
+        lambda: unread("dead"),
+        B,
+        "'dead' gives a value that reaches no output: a body there would change nothing",
+        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern",
+    ),
+    (
+        lambda: unread("deader", where="before"),
+        B,
+        "'deader' is given a value that reaches no output: a body before it would change nothing",
+        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern",
+    ),
+    (
+        lambda: unread("lstm:1:1"),
+        U,
+        "the model reads no output '1:1' of 'lstm'",
+        "mend the name; if 'lstm' gives such a value, nothing reads it: a body there would change nothing",
+    ),
+    (
+        lambda: unread("dead:0"),
+        U,
+        "the model reads no output '0' of 'dead'",
+        "'dead' is the name of that tensor",
     ),
     (
         lambda: traced()["idle"],

@@ -466,6 +466,30 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "places.md").read_text()
 
 
+class BeforeTheLast(nn.Module):
+    """Reads what the last layer but one gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return self.head(states[-2])
+
+
+def test_a_layer_of_which_nothing_comes_has_no_places():
+    graph = ag.trace(BeforeTheLast(), torch.ones(2, 3, 16))
+    found = ag.places(graph, "ffn")
+    assert list(found) == ["layers.0.linear2", "layers.1.linear2"]
+    assert len(graph.splice(found, ag.Bottleneck(2)).bodies) == 2
+    with pytest.raises(ag.BadSplice, match=r"'layers.2.linear2' gives a value that reaches no output"):
+        graph.splice("layers.*.linear2", ag.Bottleneck(2))
+
+
 def test_the_listings_of_the_page_print_what_it_shows(tmp_path, capsys):
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.M | re.S)
     names = {"__name__": "page"}

@@ -506,3 +506,85 @@ def test_a_span_reads_what_its_start_is_given(order):
     wide = model.get_submodule("4.wide")
     expected = base[4](torch.tanh(base[2](given))) + wide.up(torch.relu(wide.down(given)))
     torch.testing.assert_close(model(x), expected)
+
+
+class Unread(nn.Module):
+    """Values of which nothing comes, and values that are kept beside the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6)
+        self.dead = nn.Linear(6, 6)
+        self.kept = nn.Linear(6, 6)
+        self.noted = nn.Linear(6, 6)
+        self.tied = nn.Linear(6, 6)
+        self.loss = None
+
+    def forward(self, x):
+        _states, (hidden, cell) = self.lstm(x)
+        self.dead(x)
+        self.loss = self.kept(x).square().mean()
+        self.tied(x)
+        return self.tied(hidden + cell), Notes(self.noted(x))
+
+
+class Notes:
+    """An object that holds a tensor, and is no structure that a trace looks into."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def unread():
+    torch.manual_seed(0)
+    base, x = Unread(), torch.randn(3, 2, 6)
+    return base, x, ag.trace(base, x)
+
+
+@pytest.mark.parametrize("at", ["lstm", "lstm:0", "dead", "dead@0", "tied@0", "{lstm,dead,tied}"])
+def test_a_body_of_which_nothing_comes_is_refused(at):
+    with pytest.raises(ag.BadSplice, match="a body there would change nothing"):
+        unread()[2].splice(at, METHOD)
+
+
+@pytest.mark.parametrize("at", ["lstm:1:0", "lstm:1:1", "tied", "tied@1"])
+def test_a_body_at_what_is_read_of_such_a_module_changes_the_output(at):
+    base, x, graph = unread()
+    with torch.no_grad():
+        changed = randomise(graph.splice(at, METHOD).compile())(x)[0]
+        assert not torch.equal(changed, base.eval()(x)[0])
+
+
+def test_a_value_that_is_kept_beside_the_output_is_a_place():
+    base, x, graph = unread()
+    assert ag.Graph.from_json(graph.to_json()) == graph
+    with torch.no_grad():
+        before = base.eval()(x)[1]
+    for at in ("kept", "noted"):
+        model = randomise(graph.splice(at, METHOD).compile())
+        with torch.no_grad():
+            after = model(x)[1]
+        assert torch.equal(model.loss, base.loss) == (at != "kept")
+        assert torch.equal(after.value, before.value) == (at != "noted")
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dead = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x):
+        self.dead(x)
+        return self.head(x)
+
+
+def test_a_dead_value_that_another_body_reads_is_a_place():
+    graph = ag.trace(Idle(), x := torch.randn(2, 6))
+    with pytest.raises(ag.BadSplice, match="'dead' gives a value that nothing reads"):
+        graph.splice("dead", METHOD)
+    tapped = graph.splice("head", lambda site: site.output + ag.dense(site.graph["dead"], 6))
+    both = tapped.splice("dead", METHOD)
+    with torch.no_grad():
+        one, other = (randomise(g.compile())(x) for g in (tapped, both))
+    assert not torch.equal(one, other)

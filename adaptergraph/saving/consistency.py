@@ -208,7 +208,10 @@ class _Tables:
             raise wrong(f"{place} gives {call.output!r} at {list(call.path)}, and its parts say otherwise", scope)
 
     def check_asides(self) -> None:
-        """What came past a call is a node of the model, and came to a node or to a call."""
+        """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call."""
+        for kept in self.imported.kept:
+            if kept not in self.nodes or self.nodes[kept].body is not None:
+                raise wrong(f"kept: {kept!r} is no node of the model", kept)
         for aside in self.imported.asides:
             if aside.scope not in self.calls:
                 raise wrong(f"asides: {aside.scope!r} is no call", aside.scope)

@@ -118,6 +118,7 @@ class ImportedText(Strict):
     readers: dict[Name, Name] = {}
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
+    kept: list[Name] = []
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -282,6 +283,7 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
         "readers": dict(imported.readers),
         "scopes": dict(imported.scopes),
         "asides": [(a.scope, a.at, a.value, a.reader, a.whole) for a in imported.asides],
+        "kept": list(imported.kept),
         "example": imported.example,
     }
 
@@ -492,5 +494,6 @@ def _imported_from_json(data: ImportedText) -> Imported:
         readers=data.readers,
         scopes=data.scopes,
         asides=tuple(Aside(*a) for a in data.asides),
+        kept=tuple(data.kept),
         example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..bodies import Body
+from ..collect import alive
 from ..errors import BadSplice, Source
 from ..graph import Graph
+from ..imported import Imported
 from ..names import path_of
 from ..select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
 
@@ -214,3 +217,83 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
         source=source,
         hint=f"splice at {reader!r}" if reader else f"narrow the pattern{other}",
     )
+
+
+def refuse_unread(graph: Graph, bodies: list[str], source: Source | None) -> None:
+    """Refuses new bodies of an imported graph of which nothing comes, at no call of their host.
+
+    Where the model keeps the value beside its outputs, or reads it past the host, a body is let be.
+
+    Raises:
+        BadSplice: and names the host, and an output of it that is read, or a module before it.
+    """
+    if graph.imported is None:
+        return
+    read = alive(graph)
+    for name in bodies:
+        body = graph.bodies[name]
+        if any(written in read for _, written in body.calls) or _may_be_read(graph, graph.imported, body):
+            continue
+        raise _unread(graph, body, read, source)
+
+
+def _may_be_read(graph: Graph, imported: Imported, body: Body) -> bool:
+    """Whether somebody may read the value of a host without that the edges say so."""
+    values = {value for call in body.calls for value in call}.union(graph.calls_of(body.host))
+    past = (a for a in imported.asides if path_of(a.scope) == path_of(body.host))
+    return not values.isdisjoint(imported.kept) or any(a.value is None or a.value in values for a in past)
+
+
+def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | None) -> BadSplice:
+    host = body.host
+    given, written = "is given" if body.where == "before" else "gives", body.calls[0][1]
+    sides: list[tuple[str, ...]] = [("read by", r, "of which nothing comes") for r in graph.consumers[written][:6]]
+    others = _read_parts(graph, host, read) if body.where != "before" else []
+    sides += [("is read", other, f"by {reader!r}" if reader else "returned by the model") for other, reader in others]
+    hint = _nearest_before(graph, host, read)
+    if others:
+        other, reader = others[0]
+        hint = f"splice at {other!r}, which " + (f"{reader!r} reads" if reader else "the model returns")
+    return BadSplice(
+        f"{host!r} {given} a value that "
+        + ("reaches no output" if graph.consumers[written] else "nothing reads")
+        + f": a body {'before it' if body.where == 'before' else 'there'} would change nothing",
+        node=host,
+        sides=sides,
+        source=source,
+        hint=hint,
+    )
+
+
+def _read_parts(graph: Graph, host: str, read: frozenset[str]) -> list[tuple[str, str]]:
+    """The other float outputs of a module of which something comes, and who reads each; `""` for the model's caller."""
+    imported, path = graph.imported, path_of(host)
+    assert imported is not None
+    head, _, label = host[len(path) :].partition(":")
+    if "/" in host:
+        return []
+    found: dict[str, str] = {}
+    for index, call in enumerate(imported.modules[path].calls):
+        scope = f"{path}@{index}" if index else path
+        for part, value, way in call.parts if head in ("", f"@{index}") else ():
+            dtype = graph._nodes[value].dtype
+            if part == label or (not label and way == call.path) or dtype is None or not dtype.is_floating_point:
+                continue
+            readers = [r for r in graph.consumers[value] if r in read and graph._nodes[r].op != "output"]
+            outside = [r for r in readers if scope not in imported.around(imported.scopes.get(r, ""))]
+            if value in graph.output_names() or outside:
+                found.setdefault(f"{path}{head}:{part}", outside[0] if outside else "")
+    return list(found.items())
+
+
+def _nearest_before(graph: Graph, host: str, read: frozenset[str]) -> str:
+    """What to do where nothing comes of a host: the nearest module before it of whose value something comes."""
+    assert graph.imported is not None
+    waiting, seen = list(graph.calls_of(host)[:1]), set[str]()
+    for name in waiting:
+        node = graph._nodes[name]
+        if name in read and name in graph.imported.modules and node.dtype and node.dtype.is_floating_point:
+            return f"splice at {name!r}, which runs before it and is read, or leave it out of the pattern"
+        waiting += [i for i in node.inputs if i not in seen]
+        seen.update(node.inputs)
+    return "leave it out of the pattern: print(graph.summary()) shows what there is"

@@ -16,7 +16,7 @@ from ..names import body_name, check_name, path_of
 from ..node import EMPTY, Node, format_shape
 from ..select import Selector, Span, entries_of
 from .draft import Draft, in_order
-from .hosts import hosts_of, starts_of
+from .hosts import hosts_of, refuse_unread, starts_of
 
 WHERE = ("after", "around", "before")
 HALF = (torch.float16, torch.bfloat16)
@@ -116,13 +116,15 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
     record = Splice(kept, method, name, where, tuple(hosts))
     nodes = in_order(draft.nodes, draft.ordered(), source)
     _refuse_late(draft, source)
-    return graph._with(
+    spliced = graph._with(
         nodes=nodes,
         outputs=draft.outputs,
         bodies=draft.bodies,
         splices=(*graph.splices, record),
         overrides={**graph._overrides, **_frozen(draft, record)},
     )
+    refuse_unread(spliced, [body_name(host, name) for host in hosts], source)
+    return spliced
 
 
 def method_of(given: Any) -> str | None:

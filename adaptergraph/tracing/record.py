@@ -115,14 +115,18 @@ class Recorder:
         self.hidden = False
         self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
+        # on the real tensors of a model the forward may look at values
+        self.real = False
+        self.kept: list[tuple[Record, Any]] = []
+        self.seen: list[weakref.ref[Tensor]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
-        refs = [weakref.ref(t) for t in self.alive]
+        self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
         # the frames of its traceback hold tensors
         self.failed = None
-        return refs
+        return self.seen
 
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Every tensor among the arguments is an input, called as forward's signature calls it."""
@@ -396,6 +400,7 @@ class Recorder:
         elif _replaces(func):
             mutated = [args[0]]
         if not outs and not mutated:
+            self.kept += [self.values[id(t)] for t in given if self.real and id(t) in self.values]
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
@@ -450,9 +455,12 @@ class Recorder:
             self.values[id(alias)] = (record, keys[where])
 
     def done(self, returned: Any) -> None:
-        """The events of the whole run, and which of them give what the model returns."""
+        """The events of the whole run, which of them give what the model returns, and what is kept beside that."""
         self.root = self.frames[0].records
         self.results = [(p, self.values[id(t)]) for p, t in tensors(returned) if id(t) in self.values]
+        known = [(weakref.ref(t), self.values[id(t)]) for t in self.alive if id(t) in self.values]
+        self.forget()
+        self.kept += [value for ref, value in known if ref() is not None]
 
 
 class Operations(TorchFunctionMode):

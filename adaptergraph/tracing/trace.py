@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, here
-from ..graph import Graph
+from ..graph import Graph, leaves
 from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
@@ -232,6 +232,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
                 recorder.hold(twin)
             stack.enter_context(mode)
         else:
+            recorder.real = True
             clone = functools.cache(torch.clone)
             args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
@@ -364,6 +365,7 @@ class _Finish:
             readers=self.readers,
             scopes=self.scopes,
             asides=tuple(self.asides()),
+            kept=tuple(self.kept(outputs)),
             example=self.example,
             given=self.given,
             host=self.model,
@@ -444,6 +446,12 @@ class _Finish:
                 if self.is_read(*value) and self.may_stand(scope, at, always, value):
                     whole = not always and times == reads[reader, value]
                     yield Aside(scope, at, None if always else self.edge(*value), reader, whole)
+
+    def kept(self, outputs: Any) -> list[str]:
+        """What somebody may read when the forward has returned, beside what it returns."""
+        found = {self.edge(*v) if self.is_read(*v) else v[0].final().name for v in self.recorder.kept}
+        found.difference_update(leaves(outputs))
+        return [name for name, node in self.nodes.items() if name in found and node.op != "input"]
 
     def may_stand(self, scope: str, at: str, always: bool, value: tuple[Record, Any]) -> bool:
         """Whether a body at this entry or exit replaces this value, or changes what is read all the same."""
