@@ -7,7 +7,7 @@ from typing import Any
 
 from . import layers
 from .errors import GraphError, ShapeMismatch, here, suggestion
-from .features import axis_of, features_last, features_like, size_of
+from .features import axis_of, features_back, features_last
 from .graph import Graph
 from .layers.making import check_flag, check_rate, check_size, spelt
 from .layers.naming import scoped
@@ -158,7 +158,8 @@ def bottleneck(
     It works on the features, wherever they are: at each place of an image it is a convolution of size one. Without a
     residual it may give what fits to another node than x, `like`.
     """
-    hidden = _hidden(x, hidden_size, prefix)
+    axis = axis_of(x) if isinstance(x, Node) else 0
+    hidden = _hidden(x, axis, hidden_size, prefix)
     check_size(size, "bottleneck_size")
     check_activation(activation)
     check_rate(dropout)
@@ -168,22 +169,16 @@ def bottleneck(
     def called(part: str) -> str:
         return f"{prefix}.{part}" if prefix else part
 
-    like = x if like is None else like
-    given = size_of(like)
-    after = given if isinstance(given, int) else hidden
-    h = features_last(x, called("features_last"))
+    axis_after = axis if like is None else axis_of(like)
+    given = hidden if like is None or not like.shape else like.shape[axis_after]
+    h = features_last(x, axis, called("features_last"))
     h = layers.layer_norm(h, name=called("norm")) if layer_norm == "before" else h
     h = layers.dense(h, size, weight_init=down_init, bias_init=bias_init, name=called("down"))
     h = layers.activation(h, activation, name=called("act"))
     if dropout:
         h = layers.dropout(h, rate=dropout, name=called("dropout"))
-    h = layers.dense(
-        h,
-        after,
-        weight_init=up_init,
-        bias_init="zeros",
-        name=called("up"),
-    )
+    after = given if isinstance(given, int) else hidden
+    h = layers.dense(h, after, weight_init=up_init, bias_init="zeros", name=called("up"))
     if scale == "learned":
         factor = layers.param(called("scale"), (1,), init="ones", dtype=h.dtype)
         h = layers.multiply([h, factor], name=called("scaled"))
@@ -191,7 +186,7 @@ def bottleneck(
         h = layers.multiply([h, layers.constant(float(scale), name=called("factor"))], name=called("scaled"))
     if layer_norm == "after":
         h = layers.layer_norm(h, name=called("norm"))
-    h = features_like(h, like, called("features_first"))
+    h = features_back(h, axis_after, called("features_first"))
     if residual:
         h = layers.add([x, h], name=called("residual"))
     return _in_body(h, x, scoped(prefix) if prefix else "")
@@ -205,10 +200,10 @@ def _in_body(node: Node, outside: Node, body: str) -> Node:
     return replace(node, inputs=inputs, body=body)
 
 
-def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
+def _hidden(x: Node, axis: int, hidden_size: int | None, prefix: str) -> int:
     if not isinstance(x, Node):
         raise GraphError(f"an adapter wraps a node, not {x!r}", source=here())
-    known = size_of(x)
+    known = x.shape[axis] if x.shape else None
     if hidden_size is not None:
         check_size(hidden_size, "hidden_size")
     if not isinstance(known, int):
@@ -228,7 +223,7 @@ def _hidden(x: Node, hidden_size: int | None, prefix: str) -> int:
                 (
                     "body",
                     f"{body}.up",
-                    format_shape(tuple(hidden_size if i == axis_of(x) else d for i, d in enumerate(x.shape or ()))),
+                    format_shape(tuple(hidden_size if i == axis else d for i, d in enumerate(x.shape or ()))),
                     f"(hidden_size={hidden_size})",
                 ),
             ],

@@ -7,13 +7,12 @@ from collections import deque
 from . import layers
 from .node import Node
 
-_POOLS = ("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool", "adaptive_lp_pool")
+_POOLS = ("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
 _FIRST = frozenset(
     {
         "conv",
         "conv_transpose",
         "depthwise_conv",
-        "separable_conv2d",
         "batch_norm",
         "group_norm",
         "instance_norm",
@@ -24,7 +23,7 @@ _FIRST = frozenset(
     | {f"{kind}{n}d" for kind in ("AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool") for n in (1, 2, 3)}
     | {"GroupNorm"}
 )
-_LAST = frozenset({"dense", "linear", "Linear", "layer_norm", "LayerNorm", "embedding", "Embedding", "attention"})
+_LAST = frozenset({"dense", "Linear", "layer_norm", "LayerNorm", "embedding", "Embedding", "attention"})
 # after these nothing is known of where the features are
 _MOVED = frozenset(
     {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT", "reshape", "view", "einsum"}
@@ -46,10 +45,12 @@ def axis_of(node: Node) -> int:
     last = len(node.shape or ()) - 1
     if last < 2:
         return last
+    imported = node.graph is not None and node.graph.imported is not None
     waiting, seen = deque([node]), set[int | str | None]()
     while waiting:
         here = waiting.popleft()
-        if here.op in _LAST:
+        # in a model `linear` is torch's function, in a declared graph the activation that does nothing
+        if here.op in _LAST or (imported and here.op == "linear"):
             return last
         if here.op in _FIRST:
             return 1
@@ -74,20 +75,16 @@ def _before(node: Node, name: str) -> Node | None:
 
 def size_of(node: Node) -> int | str | None:
     """How many features a value has."""
-    return (node.shape or (None,))[axis_of(node)] if node.shape else None
+    return node.shape[axis_of(node)] if node.shape else None
 
 
-def features_last(node: Node, name: str) -> Node:
-    """The value with its features in the last dimension."""
+def features_last(node: Node, axis: int, name: str) -> Node:
+    """The value with its features, which are in this dimension, in the last one."""
     rank = len(node.shape or ())
-    if axis_of(node) >= rank - 1:
-        return node
-    return layers.transpose(node, (0, *range(2, rank), 1), name=name)
+    return node if axis >= rank - 1 else layers.transpose(node, (0, *range(2, rank), 1), name=name)
 
 
-def features_like(node: Node, like: Node, name: str) -> Node:
-    """A value with its features in the last dimension, laid out as another one."""
-    rank = len(like.shape or ())
-    if axis_of(like) >= rank - 1:
-        return node
-    return layers.transpose(node, (0, rank - 1, *range(1, rank - 1)), name=name)
+def features_back(node: Node, axis: int, name: str) -> Node:
+    """A value with its features in the last dimension, with them in this one."""
+    rank = len(node.shape or ())
+    return node if axis >= rank - 1 else layers.transpose(node, (0, rank - 1, *range(1, rank - 1)), name=name)

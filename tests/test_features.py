@@ -99,6 +99,7 @@ def test_where_the_features_are():
     image = ag.input("image", shape=("batch", 3, 8, 8))
     conv = ag.conv(image, 6, kernel_size=3)
     assert axis_of(ag.relu(ag.add([conv, ag.dropout(ag.batch_norm(conv), rate=0.1)]))) == 1
+    assert axis_of(ag.activation(conv, "linear")) == 1
     assert axis_of(ag.transpose(conv, (0, 2, 3, 1))) == 3
     assert axis_of(ag.dense(conv, 8)) == 3
     assert axis_of(image) == 3
