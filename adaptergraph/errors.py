@@ -46,6 +46,11 @@ def here() -> Source | None:
     return None
 
 
+def shortened(rows: Sequence[Sequence[str]], most: int = 12) -> list[Sequence[str]]:
+    """The first rows of what differs, and how many more there are."""
+    return [*rows[:most], *([(f"… and {len(rows) - most} more",)] if len(rows) > most else [])]
+
+
 class GraphError(Exception):
     """Something about a graph, a splice or a file that cannot be right.
 

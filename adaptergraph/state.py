@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import GraphError, StateMismatch, here, nearest
+from .errors import GraphError, StateMismatch, here, nearest, shortened
+from .hosting.attachment import values_of
 from .hosting.hosted import parts_of
 
 _SHARED = "_adaptergraph_shared"
@@ -132,7 +133,7 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
         StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor or on the meta
             device.
     """
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = values_of(model)
     wrong: list[tuple[str, ...]] = []
     for name, value in values.items():
         mine = own.get(name)
@@ -147,10 +148,9 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             wrong.append((name, f"model on {mine.device}", "given a tensor without values, on meta"))
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
     if wrong:
-        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
         raise StateMismatch(
             f"{len(wrong)} tensors of {what} do not fit the model",
-            sides=shown,
+            sides=shortened(wrong),
             source=here(),
             hint="give values of this very model: graph.params lists names and shapes",
         )

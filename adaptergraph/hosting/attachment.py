@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, here
+from ..errors import GraphError, here, shortened
 from ..graph import Graph
 from ..lower import CompiledGraph
 from ..names import path_of
@@ -108,7 +108,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
 
 
 def _give_back(model: nn.Module, record: Attachment) -> None:
-    own = _tensors(model)
+    own = values_of(model)
     # what was made in inference mode is changed in it only; others can be, too
     with torch.inference_mode():
         for name, value in record.before.items():
@@ -119,7 +119,8 @@ def _give_back(model: nn.Module, record: Attachment) -> None:
             parameter.requires_grad_(record.trained_before.get(name, parameter.requires_grad))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by name, all names of shared ones."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
@@ -151,7 +152,7 @@ def refuse_changed(model: nn.Module, record: Attachment) -> None:
         raise GraphError(
             f"this {cls} was changed after the bodies were attached: {count} difference{'s' * (count > 1)}",
             node=rows[0][0],
-            sides=rows[:12] + ([(f"… and {count - 12} more",)] if count > 12 else []),
+            sides=shortened(rows),
             source=here(),
             hint="undo first what changed it (sharding, a parametrization, prune.remove), put back what was replaced, "
             "and give parameters with a new name their requires_grad; nothing is taken off yet",
@@ -182,7 +183,7 @@ def _changed_modules(model: nn.Module, record: Attachment) -> list[tuple[str, ..
 
 def _changed_tensors(model: nn.Module, record: Attachment, known: set[str]) -> list[tuple[str, ...]]:
     """Values that have no place to go back to, and parameters that have their frozen state under another name."""
-    own, modules = _tensors(model), {n for n, _ in model.named_modules(remove_duplicate=False)}
+    own, modules = values_of(model), {n for n, _ in model.named_modules(remove_duplicate=False)}
     bodies = tuple(f"{name}." for name in record.graph.bodies)
     added = [n for n in own if n not in record.trained_before and not n.startswith(bodies)]
     rows: list[tuple[str, ...]] = []

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..bodies import Body
-from ..errors import BadSplice, GraphError, StateMismatch, here
+from ..errors import BadSplice, GraphError, StateMismatch, here, shortened
 from ..graph import Graph
 from ..lower import CompiledGraph, body_graph, lower
 from ..names import path_of
@@ -243,10 +243,9 @@ def check_host(model: nn.Module, graph: Graph) -> None:
         if theirs != mine:
             wrong.append((name, f"graph {_show(theirs)}", f"model {_show(mine)}"))
     if wrong:
-        shown = wrong[:12] + ([(f"… and {len(wrong) - 12} more",)] if len(wrong) > 12 else [])
         raise StateMismatch(
             f"this {type(model).__name__} is not the model of the graph: {len(wrong)} differences",
-            sides=shown,
+            sides=shortened(wrong),
             source=here(),
             hint="trace the model again",
         )

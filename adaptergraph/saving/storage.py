@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, StateMismatch, here, nearest
+from ..errors import GraphError, StateMismatch, here, nearest, shortened
 from ..graph import Graph
 from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
@@ -358,11 +358,12 @@ def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
             f"{folder / JSON} is a recipe, without tensors", source=here(), hint="ag.apply(graph, recipe) applies it"
         )
     raw = read_file(folder / TENSORS, _HINT)
-    if _checksum(raw) != data.checksum and (text := _unpacked(raw)) is not None:
+    found = _checksum(raw)
+    if found != data.checksum and (text := _unpacked(raw)) is not None:
         # it is whole, and of another save than the JSON file: a writer was stopped in between, or is at it now
         data = parsed(AdapterText, _described(text, raw), str(folder / TENSORS))
     try:
-        if _checksum(raw) == data.checksum:
+        if found == data.checksum:
             return data, safetensors.torch.load(raw)
     except safetensors.SafetensorError:
         pass
@@ -370,7 +371,7 @@ def read_files(folder: Path) -> tuple[AdapterText, dict[str, Tensor]]:
         f"{folder / TENSORS} is damaged, or not the file that belongs to {JSON}",
         sides=[
             (JSON, "says", f"{str(data.checksum)[:23]}…"),
-            (TENSORS, f"{len(raw):,} bytes", f"{_checksum(raw)[:23]}…"),
+            (TENSORS, f"{len(raw):,} bytes", f"{found[:23]}…"),
         ],
         source=here(),
         hint="copy both files again",
@@ -514,10 +515,9 @@ def _warn_of_another_base(model: nn.Module, graph: Graph, data: AdapterText) -> 
         return
     rows = _other_values(_values(model, graph) or {}, data.host.values or {})
     if rows:
-        more = [(f"… and {len(rows) - 3} more",)] if len(rows) > 3 else []
         text = GraphError(
             f"{trained_on} other frozen weights than these, in {len(rows)} of its parameters",
-            sides=[*rows[:3], *more],
+            sides=shortened(rows, 3),
             hint="load it onto the checkpoint that it was trained on; if you changed the base on purpose, train again",
         )
         warnings.warn(str(text), stacklevel=3)
@@ -527,7 +527,4 @@ def mismatch(
     message: str, wrong: list[tuple[str, str, str]], hint: str = "load it onto the base it was saved from"
 ) -> None:
     """Refuses files, with what differs: names, and both sides."""
-    shown: list[tuple[str, ...]] = [*wrong[:12]]
-    if len(wrong) > 12:
-        shown.append((f"… and {len(wrong) - 12} more",))
-    raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shown, source=here(), hint=hint)
+    raise StateMismatch(f"{message} ({len(wrong)} differences)", sides=shortened(wrong), source=here(), hint=hint)

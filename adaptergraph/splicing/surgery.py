@@ -443,10 +443,7 @@ def _refuse_late(draft: Draft, source: Source | None) -> None:
 
 
 class _Readable(Graph):
-    """A graph as a method reads it, which notes what is asked for by the name of a first call, `x@0`.
-
-    Bodies on a half-precision host compute in float32.
-    """
+    """A graph as a method reads it, which notes what is asked for by the name of a first call, `x@0`."""
 
     names: set[str]
     firsts: set[str]
@@ -457,15 +454,18 @@ class _Readable(Graph):
     def __getitem__(self, name: str) -> Node:
         node = super().__getitem__(name)
         (self.firsts if str(name).endswith("@0") else self.names).add(node.name or "")
-        half = self.imported is not None and node.dtype in HALF
-        return replace(node, graph=self._graph, dtype=torch.float32 if half else node.dtype)  # type: ignore[attr-defined]
+        return _as_read(node, self._graph)  # type: ignore[attr-defined]
 
 
 def _handle(draft: Draft, value: str) -> Node:
-    """A node as a method sees it. Bodies on a half-precision host compute in float32 (see `CompiledGraph`)."""
-    node = replace(draft.nodes[value], graph=draft.graph)
-    half = draft.graph.imported is not None and node.dtype in HALF
-    return replace(node, dtype=torch.float32) if half else node
+    """A node of the draft as a method sees it."""
+    return _as_read(draft.nodes[value], draft.graph)
+
+
+def _as_read(node: Node, graph: Graph) -> Node:
+    """A node as a method reads it. Bodies on a half-precision host compute in float32 (see `CompiledGraph`)."""
+    half = graph.imported is not None and node.dtype in HALF
+    return replace(node, graph=graph, dtype=torch.float32 if half else node.dtype)
 
 
 def made(result: Node) -> list[Node]:
