@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Iterable, Mapping
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 
 from .errors import GraphError, StateMismatch, here, nearest, shortened
 from .hosting.attachment import values_of
@@ -36,25 +40,44 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise _uncopied(model, error) from error
-    _refuse_foreign_forward(model, copied)
+    _refuse_foreign_functions(model, copied)
     for module in copied.modules():
         if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
             module.register_load_state_dict_pre_hook(unshare)
     return copied
 
 
-def _refuse_foreign_forward(model: nn.Module, copied: nn.Module) -> None:
-    """A function that was put on a module as its forward is copied as it is, with the modules it closes over."""
-    originals = {id(m) for m in model.modules()}
+def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
+    """A function that was put on a module is copied as it is, with the modules and tensors that it closes over."""
+    own = {id(m): n or type(model).__name__ for n, m in model.named_modules()}
+    own |= {id(t): n for n, t in values_of(model).items()}
     for path, module in copied.named_modules():
-        if any(id(part) in originals for part in parts_of(module.__dict__.get("forward"))):
-            name = f"{path or type(model).__name__}.forward"
+        for key, function in _functions(module):
+            read = next((own[id(part)] for part in parts_of(function) if id(part) in own), None)
+            if read is None:
+                continue
+            way = "make it a bound method of its module" if key == "forward" else "put it on the compiled model instead"
             raise GraphError(
-                f"the model cannot be copied: {name} is a function over the model itself",
+                f"the model cannot be copied: {path or type(model).__name__}.{key} "
+                f"{'holds' if key.endswith('_hooks') else 'is'} a function over the model itself",
                 node=path,
+                sides=[(getattr(function, "__qualname__", type(function).__name__), f"reads {read!r}")],
                 source=here(),
-                hint="make it a bound method of its module, or attach to the model itself: graph.compile(inplace=True)",
+                hint=f"{way}, or attach to the model itself: graph.compile(inplace=True)",
             )
+
+
+def _functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What was put on a module and may run or be read in its forward: functions, references, hooks of any kind."""
+    for key, value in vars(module).items():
+        if key.endswith("_hooks") and isinstance(value, dict):
+            # torch packs some of them
+            yield from ((key.strip("_"), vars(h)["hook"] if isinstance(h, _WrappedHook) else h) for h in value.values())
+        elif isinstance(value, _FUNCTIONS) and (key == "forward" or key not in dir(nn.Module)):
+            yield key, value
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 
 
 def _share(parameter: nn.Parameter) -> None:
