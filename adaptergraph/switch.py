@@ -36,7 +36,7 @@ Chosen = tuple[nn.Module | None, Rows | None, int, FrameType | None]
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Block:
     """A `with` block that is open, in the thread where it was entered."""
 
@@ -76,6 +76,12 @@ class Running:
     def restore(self, before: Chosen) -> None:
         """What was chosen before."""
         self.branch, self.rows, self.backward, self.opener = before
+
+    def replace(self, was: nn.Module, now: nn.Module) -> None:
+        """Lets a branch run that was put in the place of another one."""
+        self.branch = now if self.branch is was else self.branch
+        for block in self.blocks:
+            block.chosen = (now if block.chosen[0] is was else block.chosen[0], *block.chosen[1:])
 
     def enter(self, branch: nn.Module | None, rows: Rows | None, opener: FrameType | None) -> Block:
         """Lets this run until the block is left."""
@@ -135,6 +141,31 @@ class Switch(nn.Module):
     def be_default(self, task: str | None) -> None:
         """Lets this task run where nothing else is chosen."""
         self.__dict__["adaptergraph_default"] = None if task is None else self._modules[task]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        was = self._modules.get(name)
+        super().__setattr__(name, value)
+        self._follow(was, self._modules.get(name))
+
+    def __delattr__(self, name: str) -> None:
+        was = self._modules.get(name)
+        super().__delattr__(name)
+        self._follow(was, None)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch, where it may replace a module too."""
+        was = self._modules.get(name)
+        super().add_module(name, module)
+        self._follow(was, module)
+
+    def _follow(self, was: nn.Module | None, now: nn.Module | None) -> None:
+        """A branch in the place of another one runs where that one was chosen: by default, in blocks of this thread."""
+        if was is None:
+            return
+        if self.adaptergraph_default is was:
+            self.__dict__["adaptergraph_default"] = now
+        if now is not None:
+            self.adaptergraph_slot.here.replace(was, now)
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         slot = self.adaptergraph_slot.here

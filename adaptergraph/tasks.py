@@ -114,7 +114,8 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
 
     Of the parameters of all branches exactly those of this task are trained which the graph says are trained; the
     gradients of the others are dropped, so that no optimizer moves them. None takes the default away: every branch is
-    trained again.
+    trained again. A module put in the place of a branch (`switch.a = other`) runs wherever that one was chosen, but by
+    what other threads have chosen; parameters that the graph does not know keep their `requires_grad`.
 
     Returns:
         The model.
@@ -139,8 +140,10 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
     for switch in switches:
         switch.be_default(task)
         for name, parameter in switch.named_parameters():
-            wanted = task is None or name.startswith(task + ".")
-            parameter.requires_grad_(wanted and trained[f"{switch.adaptergraph_path}.{name}"])
+            known = trained.get(f"{switch.adaptergraph_path}.{name}")
+            if known is None:
+                continue
+            parameter.requires_grad_(known and (task is None or name.startswith(task + ".")))
             if not parameter.requires_grad:
                 parameter.grad = None
     return model
