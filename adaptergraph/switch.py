@@ -6,6 +6,7 @@ for `torch.compile` that is an input like any other, so that equal branches are 
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import sys
@@ -91,8 +92,15 @@ class Running:
         return block
 
     def suspended(self) -> FrameType | None:
-        """The generator or coroutine that is suspended inside the innermost block, so that others run meanwhile."""
-        return self.opener if self.opener is not None and self.opener.f_back is None else None
+        """The generator or coroutine that is suspended inside the innermost block, so that others run meanwhile.
+
+        One that has returned, and left its block to whoever holds it, is not.
+        """
+        if self.opener is not None and self.opener.f_back is None:
+            if dis.opname[self.opener.f_code.co_code[self.opener.f_lasti]] not in ("RETURN_VALUE", "RETURN_CONST"):
+                return self.opener
+            self.opener = None
+        return None
 
 
 class Slot(threading.local):

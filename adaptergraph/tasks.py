@@ -33,7 +33,8 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     Other threads have blocks of their own. Of the blocks that are open in one thread the one that was entered last
     counts, in whatever order they are left. A generator or coroutine that is suspended inside a block would lend it to
     whoever runs meanwhile: there another block, or a call without `task=`, is an error (calls of a program of
-    `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block.
+    `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block, and a generator or coroutine that
+    returns may leave one open for its caller (`stack.enter_context`).
 
     Args:
         model: a compiled model with a `Switch`.
