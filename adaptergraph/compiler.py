@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import GraphError, here
 from .graph import Graph
-from .hosting.attachment import taken_off_on_error
+from .hosting.attachment import keep_values, taken_off_on_error
 from .hosting.sites import attach, check_host
 from .lower import lower
 from .state import load_values, shared_copy, values_from
@@ -46,6 +46,8 @@ def compile_graph(
         else:
             refuse_tasks(model)
         if state is not None:
+            if inplace:
+                keep_values(model, state)
             load_values(model, state, what, _needed(graph))
     return model
 

@@ -8,6 +8,7 @@ import os
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,15 +147,34 @@ def values_from(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         ) from None
 
 
+@contextmanager
+def put_back_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Whatever goes wrong inside, also an interrupt, these parameters and buffers get the values that they had."""
+    own = values_of(model)
+    before = {name: own[name].detach().clone() for name in names if name in own}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in before.items():
+                own[name].copy_(value)
+        raise
+
+
+def _storage_kind(value: Tensor) -> str:
+    """What a tensor is kept as, if not as plain numbers in rows."""
+    return ", quantized" if value.is_quantized else "" if value.layout is torch.strided else f", {value.layout}"
+
+
 def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, needed: Iterable[str] = ()) -> None:
-    """Copies values into parameters and buffers by name: all of them, or none and an error that lists every mismatch.
+    """Copies values into parameters and buffers by name, unless something does not fit: an error lists every mismatch.
 
     Args:
         needed: names that must be among the values.
 
     Raises:
-        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor or on the meta
-            device.
+        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor, of a kind that
+            would lose a part of it (`torch.can_cast`), or on the meta device.
     """
     own = values_of(model)
     wrong: list[tuple[str, ...]] = []
@@ -167,6 +187,8 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             wrong.append((name, f"model {tuple(mine.shape)}", f"given no tensor but a {type(value).__name__}"))
         elif mine.shape != value.shape:
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
+        elif not torch.can_cast(value.dtype, mine.dtype) or _storage_kind(value) != _storage_kind(mine):
+            wrong.append((name, f"model {mine.dtype}", f"given {value.dtype}" + _storage_kind(value)))
         elif value.is_meta and not mine.is_meta:
             wrong.append((name, f"model on {mine.device}", "given a tensor without values, on meta"))
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]

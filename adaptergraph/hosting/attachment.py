@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class Attachment:
     Attributes:
         graph: what the model now is.
         trained_before: `requires_grad` of the parameters it had.
-        before: values of what training may change of it, when bodies were attached to the model itself.
+        before: values of what training or a given state may change of it, when bodies were attached to itself.
         modes: `training` of the modules it had.
         hosts: the modules whose class was swapped.
         plans: the plans of hosts that had one, as parts of what a declared graph was compiled to.
@@ -134,6 +134,16 @@ def taken_off_on_error(model: nn.Module) -> Iterator[None]:
         if record is not None:
             take_off(model, record)
         raise
+
+
+def keep_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Remembers the values of these parameters and buffers of the host too, which are about to be overwritten."""
+    record, own = attachment(model), values_of(model)
+    assert record is not None
+    bodies = tuple(f"{name}." for name in record.graph.bodies)
+    for name in names:
+        if name in own and name not in record.before and not name.startswith(bodies):
+            record.before[name] = own[name].detach().clone()
 
 
 # ---------------------------------------------------------------------- what was changed since
