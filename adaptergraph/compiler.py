@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import GraphError, here
@@ -17,6 +18,7 @@ from .state import load_values, shared_copy, values_from
 from .tasks import give_tasks, has_switch, only_task, refuse_tasks
 
 
+@torch.inference_mode(False)
 def compile_graph(
     graph: Graph,
     host: nn.Module | None,

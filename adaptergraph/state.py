@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
+from torch.utils.hooks import unserializable_hook
 
 from .errors import GraphError, StateMismatch, here, nearest, shortened
 from .hosting.attachment import values_of
@@ -32,7 +33,7 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in memo or type(parameter) is not nn.Parameter:
             continue
-        values = parameter.detach()
+        values = _of_autograd(parameter.detach())
         memo[id(parameter)] = nn.Parameter(values.clone() if trained.get(name, False) else values, requires_grad=False)
         if not trained.get(name, False):
             _share(memo[id(parameter)])
@@ -81,18 +82,30 @@ def _functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 
 
+def _of_autograd(values: Tensor) -> Tensor:
+    """A tensor that was made in inference mode as one that autograd takes, over the same storage."""
+    if not values.is_inference():
+        return values
+    empty = torch.empty(0, dtype=values.dtype, device=values.device)
+    return empty.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
+
+
 def _share(parameter: nn.Parameter) -> None:
     """Marks a parameter as shared, until somebody sets `requires_grad` by hand and its first gradient arrives."""
     setattr(parameter, _SHARED, True)
-    if parameter.is_floating_point() and not parameter.is_inference():
+    if parameter.is_floating_point() or parameter.is_complex():
+        # the hook is held where no garbage collector looks
+        reference = weakref.ref(parameter)
         parameter.requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(_own)
+        # runs for `torch.autograd.grad` too, unlike one after the gradient was added up
+        parameter.register_hook(unserializable_hook(lambda _: _own(reference())))
         parameter.requires_grad_(False)
 
 
-def _own(parameter: Tensor) -> None:
-    if getattr(parameter, _SHARED, False):
-        parameter.data = parameter.data.clone()
+def _own(parameter: Tensor | None) -> None:
+    if parameter is not None and getattr(parameter, _SHARED, False):
+        with torch.inference_mode(False):
+            parameter.data = parameter.data.clone()
         delattr(parameter, _SHARED)
 
 
@@ -155,7 +168,7 @@ def put_back_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with torch.no_grad():
+        with torch.inference_mode():
             for name, value in before.items():
                 own[name].copy_(value)
         raise
@@ -199,7 +212,8 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             source=here(),
             hint="give values of this very model: graph.params lists names and shapes",
         )
-    with torch.no_grad():
-        for name, value in values.items():
-            _own(own[name])
+    for name, value in values.items():
+        _own(own[name])
+        # what was made in inference mode is changed in it only; others can be, too
+        with torch.inference_mode():
             own[name].copy_(value)

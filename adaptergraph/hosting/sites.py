@@ -82,6 +82,7 @@ def attach(
         for name, body in graph.bodies.items()
     }
     own = dict(model.named_parameters(remove_duplicate=False))
+    _refuse_inference(graph, own)
     record = Attachment(
         graph, {n: p.requires_grad for n, p in own.items()}, {n: m.training for n, m in model.named_modules()}
     )
@@ -95,6 +96,17 @@ def attach(
             _put_on(model, record, made, routes, programs)
         finally:
             record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
+
+
+def _refuse_inference(graph: Graph, own: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in own.items():
+        if parameter.is_inference() and graph.trained.get(name, False):
+            raise GraphError(
+                f"{name!r} was made in torch.inference_mode(), so it cannot be trained",
+                node=name,
+                source=here(),
+                hint="graph.compile() without inplace=True makes a copy that can be; or make the model outside of it",
+            )
 
 
 def _put_on(
