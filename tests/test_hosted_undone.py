@@ -266,6 +266,46 @@ def test_a_model_that_got_its_values_after_the_bodies_keeps_them():
     assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
 
 
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16], ids=["half", "bfloat16"])
+def test_a_model_that_was_rounded_since_is_given_back_with_a_warning(convert):
+    model, hand = used(), convert(used())
+    adapted(model)
+    trained(model)
+    convert(model)
+    before = everything(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with says(
+            "this Net was converted after the bodies were attached: 10 of its tensors are given back rounded",
+            "a.weight        was torch.float32   is torch.",
+            "… and 7 more",
+            "to fix      load their values again; graph.compile() without inplace=True makes a copy to convert",
+            kind=UserWarning,
+        ):
+            ag.detach(model)
+    assert everything(model) == before
+    with pytest.warns(UserWarning, match="given back rounded") as caught:
+        ag.detach(model)
+    assert [w.filename for w in caught] == [__file__]
+    assert {n: v.tolist() for n, v in model.state_dict().items()} == {
+        n: v.tolist() for n, v in hand.state_dict().items()
+    }
+    assert {v.dtype for v in model.parameters()} == {hand.a.weight.dtype}
+
+
+def test_a_model_whose_dtype_holds_more_is_given_back_bit_for_bit():
+    model = Net()
+    adapted(model)
+    trained(model)
+    model.double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ag.detach(model)
+    for name, value in Net().double().state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+        assert model.state_dict()[name].dtype == value.dtype
+
+
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = Net()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,3 +217,19 @@ def _changed_tensors(model: nn.Module, record: Attachment, known: set[str]) -> l
         elif trained and name in own:
             rows.append((name, "was a parameter", "is a buffer"))
     return rows
+
+
+def warn_of_rounding(model: nn.Module, record: Attachment) -> None:
+    """Says which tensors cannot be given back bit for bit, because the model was converted since."""
+    assert record.graph.imported is not None
+    was = {n: p.dtype for n, p in record.graph.imported.params.items()} | {n: v.dtype for n, v in record.before.items()}
+    now = {n: v.dtype for n, v in values_of(model).items()}
+    rounded = {n: d for n, d in was.items() if n in now and torch.promote_types(d, now[n]) != now[n]}
+    if rounded:
+        text = GraphError(
+            f"this {type(model).__name__} was converted after the bodies were attached: "
+            f"{len(rounded)} of its tensors are given back rounded",
+            sides=shortened([(n, f"was {d}", f"is {now[n]}") for n, d in rounded.items()], 3),
+            hint="load their values again; graph.compile() without inplace=True makes a copy to convert",
+        )
+        warnings.warn(str(text), stacklevel=3)

@@ -26,6 +26,7 @@ from .attachment import (
     refuse_hosted,
     take_off,
     taken_off_on_error,
+    warn_of_rounding,
 )
 from .examples import arguments_of
 from .frames import Token
@@ -299,7 +300,8 @@ def detach(model: nn.Module) -> nn.Module:
     """Takes all bodies off a model and gives it back: classes, parameters, what is trained.
 
     A model that bodies were attached to in place gets its values back bit for bit, also of host parameters that were
-    unfrozen and trained; save them first (`ag.save`) to keep them.
+    unfrozen and trained; save them first (`ag.save`) to keep them. Its device and dtype stay what they are now: where
+    that dtype cannot hold the values (after `.half()`), a warning says so.
 
     Raises:
         GraphError: nothing is attached; or hosts, or parameters that are given back, were replaced or changed since, as
@@ -314,6 +316,7 @@ def detach(model: nn.Module) -> nn.Module:
             hint="give the model that graph.compile() returned; it may have been detached already",
         )
     refuse_changed(model, record)
+    warn_of_rounding(model, record)
     take_off(model, record)
     for parameter in model.parameters():
         parameter.grad = None
