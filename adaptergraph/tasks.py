@@ -193,8 +193,29 @@ def _branch(switch: Switch, task: str) -> nn.Module:
 # ---------------------------------------------------------------------- the root of a model
 
 
+class _OwnArguments(inspect.Signature):
+    """The arguments of a model's own forward, for what binds a call to them beforehand, as `torch.export` does."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        if "task" in kwargs and not any(p.kind is p.VAR_KEYWORD for p in self.parameters.values()):
+            raise GraphError(
+                "task= is no argument of the model's own forward, which is what is asked for here",
+                source=here(),
+                hint="ag.set_task(model, …) before, or with ag.task(model, …) around this call",
+            )
+        return super().bind(*args, **kwargs)
+
+
 class Tasked:
     """What the root of a model with a `Switch` can do beside its own class: `model(…, task="a")` and these."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        forward: Any = vars(cls)["forward"]
+        signature = inspect.signature(forward)
+        forward.__signature__ = _OwnArguments(
+            list(signature.parameters.values()), return_annotation=signature.return_annotation
+        )
 
     def task(self: Any, task: str | Sequence[str]) -> AbstractContextManager[None]:
         """See `ag.task`."""

@@ -596,6 +596,45 @@ class OwnAttribute(OwnArgument):
         return f"own {task}"
 
 
+EXPORT_MESSAGE = (
+    r"^task= is no argument of the model's own forward, which is what is asked for here\n"
+    r"  written at  test_tasks\.py:\d+    .*\n"
+    r"  to fix      ag\.set_task\(model, …\) before, or with ag\.task\(model, …\) around this call$"
+)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_is_the_task_that_was_chosen_before(model, strict):
+    graph = ag.trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh()).eval(), batch())
+    live = randomise(graph.splice("0", ag.Switch(METHODS)).compile())
+    for one in (model, live, pickle.loads(pickle.dumps(live))):
+        for task in ("b", ["a", "c", "b", "a"]):
+            wanted = one(batch(), task=task)
+            with pytest.raises(ag.GraphError, match=EXPORT_MESSAGE):
+                torch.export.export(one, (batch(),), {"task": task}, strict=strict)
+            with ag.task(one, task):
+                exported = torch.export.export(one, (batch(),), strict=strict)
+            torch.testing.assert_close(exported.module()(batch()), wanted)
+        one.set_task("a")
+        exported = torch.export.export(one, (batch(),), strict=strict)
+        torch.testing.assert_close(exported.module()(batch()), one(batch(), task="a"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_root_that_takes_more_is_exported_with_its_task(strict):
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(SIZE, SIZE)
+
+        def forward(self, x, **more):
+            return self.fc(x)
+
+    one = randomise(ag.trace(Taking().eval(), batch()).splice("fc", ag.Switch(METHODS)).compile())
+    exported = torch.export.export(one, (batch(),), {"task": "b"}, strict=strict)
+    torch.testing.assert_close(exported.module()(batch(), task="b"), one(batch(), task="b"))
+
+
 @pytest.mark.parametrize(("cls", "refused"), [(OwnArgument, ["task", "set_task"]), (OwnAttribute, ["task"])])
 def test_a_root_that_uses_the_words_itself_keeps_them(cls, refused):
     torch.manual_seed(0)
