@@ -106,7 +106,8 @@ def _own(parameter: Tensor | None) -> None:
     if parameter is not None and getattr(parameter, _SHARED, False):
         with torch.inference_mode(False):
             parameter.data = parameter.data.clone()
-        delattr(parameter, _SHARED)
+        # two threads may be at it
+        vars(parameter).pop(_SHARED, None)
 
 
 def unshare(module: nn.Module, *_: Any) -> None:
@@ -210,7 +211,7 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             f"{len(wrong)} tensors of {what} do not fit the model",
             sides=shortened(wrong),
             source=here(),
-            hint="give values of this very model: graph.params lists names and shapes",
+            hint="give values of this very model: graph.params lists names, shapes and dtypes",
         )
     for name, value in values.items():
         _own(own[name])

@@ -301,7 +301,8 @@ def reads(model):
 
 
 def over_a_global(m, args, out):
-    return GLOBAL["model"].b(out)
+    # also below another function
+    return next(GLOBAL["model"].b(value) for value in [out])
 
 
 GLOBAL = {}

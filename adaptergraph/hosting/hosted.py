@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections import OrderedDict
@@ -288,14 +289,20 @@ def parts_of(function: Any) -> Iterator[Any]:
 
 
 def _globals_of(function: types.FunctionType) -> Iterator[Any]:
-    """What a function reads by a global name: modules, tensors and containers; of functions, those of its own file."""
-    codes, space = [function.__code__], function.__globals__
-    for code in codes:
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-        for name in (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"):
-            value = space.get(name)
-            if not isinstance(value, types.FunctionType) or value.__globals__ is space:
-                yield value
+    """What a function reads by a global name; of other functions, those of its own file."""
+    space = function.__globals__
+    for name in _global_names(function.__code__):
+        value = space.get(name)
+        if not isinstance(value, types.FunctionType) or value.__globals__ is space:
+            yield value
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that code reads, also in the functions that it makes."""
+    inner = [_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    return tuple(dict.fromkeys(itertools.chain(own, *inner)))
 
 
 def _containers(cls: Any) -> dict[str, Any]:
