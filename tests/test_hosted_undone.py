@@ -266,7 +266,11 @@ def test_a_model_that_got_its_values_after_the_bodies_keeps_them():
     assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
 
 
-@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16], ids=["half", "bfloat16"])
+def to_eight_bits(model):
+    return model.to(torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, to_eight_bits], ids=lambda f: f.__name__)
 def test_a_model_that_was_rounded_since_is_given_back_with_a_warning(convert):
     model, hand = used(), convert(used())
     adapted(model)
@@ -293,15 +297,17 @@ def test_a_model_that_was_rounded_since_is_given_back_with_a_warning(convert):
     assert {v.dtype for v in model.parameters()} == {hand.a.weight.dtype}
 
 
-def test_a_model_whose_dtype_holds_more_is_given_back_bit_for_bit():
-    model = Net()
-    adapted(model)
-    trained(model)
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_whose_dtype_holds_more_is_given_back_bit_for_bit(first):
+    model = Net().to(first)
+    ag.trace(model, X.to(first)).splice("{a,part.0}", METHOD).unfreeze("head").compile(inplace=True)
+    with torch.no_grad():
+        model.head.weight.add_(1)
     model.double()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ag.detach(model)
-    for name, value in Net().double().state_dict().items():
+    for name, value in Net().to(first).double().state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
         assert model.state_dict()[name].dtype == value.dtype
 

@@ -224,7 +224,7 @@ def warn_of_rounding(model: nn.Module, record: Attachment) -> None:
     assert record.graph.imported is not None
     was = {n: p.dtype for n, p in record.graph.imported.params.items()} | {n: v.dtype for n, v in record.before.items()}
     now = {n: v.dtype for n, v in values_of(model).items()}
-    rounded = {n: d for n, d in was.items() if n in now and torch.promote_types(d, now[n]) != now[n]}
+    rounded = {n: d for n, d in was.items() if n in now and not _holds(now[n], d)}
     if rounded:
         text = GraphError(
             f"this {type(model).__name__} was converted after the bodies were attached: "
@@ -233,3 +233,12 @@ def warn_of_rounding(model: nn.Module, record: Attachment) -> None:
             hint="load their values again; graph.compile() without inplace=True makes a copy to convert",
         )
         warnings.warn(str(text), stacklevel=3)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of the other dtype is one of this dtype."""
+    if dtype == other or not (other.is_floating_point or other.is_complex):
+        # a conversion of a model leaves whole numbers as they are
+        return True
+    mine, theirs = torch.finfo(dtype), torch.finfo(other)
+    return mine.eps <= theirs.eps and mine.max >= theirs.max
