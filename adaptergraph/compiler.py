@@ -6,17 +6,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import GraphError, here
 from .graph import Graph
-from .hosting.attachment import taken_off_on_error
+from .hosting.attachment import keep_values, taken_off_on_error
 from .hosting.sites import attach, check_host
 from .lower import lower
 from .state import load_values, shared_copy, values_from
 from .tasks import give_tasks, has_switch, only_task, refuse_tasks
 
 
+@torch.inference_mode(False)
 def compile_graph(
     graph: Graph,
     host: nn.Module | None,
@@ -46,6 +48,8 @@ def compile_graph(
         else:
             refuse_tasks(model)
         if state is not None:
+            if inplace:
+                keep_values(model, state)
             load_values(model, state, what, _needed(graph))
     return model
 

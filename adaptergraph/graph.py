@@ -486,7 +486,10 @@ class Graph(Verbs):
 
         A declared graph becomes a `torch.fx.GraphModule` of straight-line code. An imported graph becomes a model of
         the host's own class with the bodies attached; the traced model itself stays as it is, and frozen parameters
-        share its storage.
+        share its storage. A parameter gets storage of its own when values are loaded into it, or when `requires_grad`
+        was set and a gradient reaches it. Whatever else writes into it writes into the traced model too: operations in
+        place, `reset_parameters`, a step with a `.grad` that was set by hand. Before these, unfreeze it in the graph,
+        or set `parameter.data = parameter.data.clone()`.
 
         Args:
             host: the model, for an imported graph that came from JSON.

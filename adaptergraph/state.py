@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Iterable, Mapping
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+from torch.utils.hooks import unserializable_hook
 
 from .errors import GraphError, StateMismatch, here, nearest, shortened
 from .hosting.attachment import values_of
@@ -27,7 +33,7 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in memo or type(parameter) is not nn.Parameter:
             continue
-        values = parameter.detach()
+        values = _of_autograd(parameter.detach())
         memo[id(parameter)] = nn.Parameter(values.clone() if trained.get(name, False) else values, requires_grad=False)
         if not trained.get(name, False):
             _share(memo[id(parameter)])
@@ -36,40 +42,72 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise _uncopied(model, error) from error
-    _refuse_foreign_forward(model, copied)
+    _refuse_foreign_functions(model, copied)
     for module in copied.modules():
         if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
             module.register_load_state_dict_pre_hook(unshare)
     return copied
 
 
-def _refuse_foreign_forward(model: nn.Module, copied: nn.Module) -> None:
-    """A function that was put on a module as its forward is copied as it is, with the modules it closes over."""
-    originals = {id(m) for m in model.modules()}
+def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
+    """A function that was put on a module is copied as it is, with the modules and tensors that it closes over."""
+    own = {id(m): n or type(model).__name__ for n, m in model.named_modules()}
+    own |= {id(t): n for n, t in values_of(model).items()}
     for path, module in copied.named_modules():
-        if any(id(part) in originals for part in parts_of(module.__dict__.get("forward"))):
-            name = f"{path or type(model).__name__}.forward"
+        for key, function in _functions(module):
+            read = next((own[id(part)] for part in parts_of(function) if id(part) in own), None)
+            if read is None:
+                continue
+            way = "make it a bound method of its module" if key == "forward" else "put it on the compiled model instead"
             raise GraphError(
-                f"the model cannot be copied: {name} is a function over the model itself",
+                f"the model cannot be copied: {path or type(model).__name__}.{key} "
+                f"{'holds' if key.endswith('_hooks') else 'is'} a function over the model itself",
                 node=path,
+                sides=[(getattr(function, "__qualname__", type(function).__name__), f"reads {read!r}")],
                 source=here(),
-                hint="make it a bound method of its module, or attach to the model itself: graph.compile(inplace=True)",
+                hint=f"{way}, or attach to the model itself: graph.compile(inplace=True)",
             )
+
+
+def _functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What was put on a module and may run or be read in its forward: functions, references, hooks of any kind."""
+    for key, value in vars(module).items():
+        if key.endswith("_hooks") and isinstance(value, dict):
+            # torch packs some of them
+            yield from ((key.strip("_"), vars(h)["hook"] if isinstance(h, _WrappedHook) else h) for h in value.values())
+        elif isinstance(value, _FUNCTIONS) and (key == "forward" or key not in dir(nn.Module)):
+            yield key, value
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
+
+
+def _of_autograd(values: Tensor) -> Tensor:
+    """A tensor that was made in inference mode as one that autograd takes, over the same storage."""
+    if not values.is_inference():
+        return values
+    empty = torch.empty(0, dtype=values.dtype, device=values.device)
+    return empty.set_(values.untyped_storage(), values.storage_offset(), values.shape, values.stride())
 
 
 def _share(parameter: nn.Parameter) -> None:
     """Marks a parameter as shared, until somebody sets `requires_grad` by hand and its first gradient arrives."""
     setattr(parameter, _SHARED, True)
-    if parameter.is_floating_point() and not parameter.is_inference():
+    if parameter.is_floating_point() or parameter.is_complex():
+        # the hook is held where no garbage collector looks
+        reference = weakref.ref(parameter)
         parameter.requires_grad_(True)
-        parameter.register_post_accumulate_grad_hook(_own)
+        # runs for `torch.autograd.grad` too, unlike one after the gradient was added up
+        parameter.register_hook(unserializable_hook(lambda _: _own(reference())))
         parameter.requires_grad_(False)
 
 
-def _own(parameter: Tensor) -> None:
-    if getattr(parameter, _SHARED, False):
-        parameter.data = parameter.data.clone()
-        delattr(parameter, _SHARED)
+def _own(parameter: Tensor | None) -> None:
+    if parameter is not None and getattr(parameter, _SHARED, False):
+        with torch.inference_mode(False):
+            parameter.data = parameter.data.clone()
+        # two threads may be at it
+        vars(parameter).pop(_SHARED, None)
 
 
 def unshare(module: nn.Module, *_: Any) -> None:
@@ -123,15 +161,34 @@ def values_from(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         ) from None
 
 
+@contextmanager
+def put_back_on_error(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Whatever goes wrong inside, also an interrupt, these parameters and buffers get the values that they had."""
+    own = values_of(model)
+    before = {name: own[name].detach().clone() for name in names if name in own}
+    try:
+        yield
+    except BaseException:
+        with torch.inference_mode():
+            for name, value in before.items():
+                own[name].copy_(value)
+        raise
+
+
+def _storage_kind(value: Tensor) -> str:
+    """What a tensor is kept as, if not as plain numbers in rows."""
+    return ", quantized" if value.is_quantized else "" if value.layout is torch.strided else f", {value.layout}"
+
+
 def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, needed: Iterable[str] = ()) -> None:
-    """Copies values into parameters and buffers by name: all of them, or none and an error that lists every mismatch.
+    """Copies values into parameters and buffers by name, unless something does not fit: an error lists every mismatch.
 
     Args:
         needed: names that must be among the values.
 
     Raises:
-        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor or on the meta
-            device.
+        StateMismatch: a name is unknown or needed and missing, a shape differs, or a value is no tensor, of a kind that
+            would lose a part of it (`torch.can_cast`), or on the meta device.
     """
     own = values_of(model)
     wrong: list[tuple[str, ...]] = []
@@ -144,6 +201,8 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             wrong.append((name, f"model {tuple(mine.shape)}", f"given no tensor but a {type(value).__name__}"))
         elif mine.shape != value.shape:
             wrong.append((name, f"model {tuple(mine.shape)}", f"given {tuple(value.shape)}"))
+        elif not torch.can_cast(value.dtype, mine.dtype) or _storage_kind(value) != _storage_kind(mine):
+            wrong.append((name, f"model {mine.dtype}", f"given {value.dtype}" + _storage_kind(value)))
         elif value.is_meta and not mine.is_meta:
             wrong.append((name, f"model on {mine.device}", "given a tensor without values, on meta"))
     wrong += [(name, "is missing", "it is frozen: training would not mend it") for name in needed if name not in values]
@@ -152,9 +211,10 @@ def load_values(model: nn.Module, values: Mapping[str, Tensor], what: str, neede
             f"{len(wrong)} tensors of {what} do not fit the model",
             sides=shortened(wrong),
             source=here(),
-            hint="give values of this very model: graph.params lists names and shapes",
+            hint="give values of this very model: graph.params lists names, shapes and dtypes",
         )
-    with torch.no_grad():
-        for name, value in values.items():
-            _own(own[name])
+    for name, value in values.items():
+        _own(own[name])
+        # what was made in inference mode is changed in it only; others can be, too
+        with torch.inference_mode():
             own[name].copy_(value)

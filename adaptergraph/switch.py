@@ -6,6 +6,7 @@ for `torch.compile` that is an input like any other, so that equal branches are 
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import sys
@@ -36,7 +37,7 @@ Chosen = tuple[nn.Module | None, Rows | None, int, FrameType | None]
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Block:
     """A `with` block that is open, in the thread where it was entered."""
 
@@ -77,6 +78,12 @@ class Running:
         """What was chosen before."""
         self.branch, self.rows, self.backward, self.opener = before
 
+    def replace(self, was: nn.Module, now: nn.Module) -> None:
+        """Lets a branch run that was put in the place of another one."""
+        self.branch = now if self.branch is was else self.branch
+        for block in self.blocks:
+            block.chosen = (now if block.chosen[0] is was else block.chosen[0], *block.chosen[1:])
+
     def enter(self, branch: nn.Module | None, rows: Rows | None, opener: FrameType | None) -> Block:
         """Lets this run until the block is left."""
         block = Block(self, (branch, rows, frames.running_backward(), opener))
@@ -85,8 +92,15 @@ class Running:
         return block
 
     def suspended(self) -> FrameType | None:
-        """The generator or coroutine that is suspended inside the innermost block, so that others run meanwhile."""
-        return self.opener if self.opener is not None and self.opener.f_back is None else None
+        """The generator or coroutine that is suspended inside the innermost block, so that others run meanwhile.
+
+        One that has returned, and left its block to whoever holds it, is not.
+        """
+        if self.opener is not None and self.opener.f_back is None:
+            if dis.opname[self.opener.f_code.co_code[self.opener.f_lasti]] not in ("RETURN_VALUE", "RETURN_CONST"):
+                return self.opener
+            self.opener = None
+        return None
 
 
 class Slot(threading.local):
@@ -135,6 +149,31 @@ class Switch(nn.Module):
     def be_default(self, task: str | None) -> None:
         """Lets this task run where nothing else is chosen."""
         self.__dict__["adaptergraph_default"] = None if task is None else self._modules[task]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        was = self._modules.get(name)
+        super().__setattr__(name, value)
+        self._follow(was, self._modules.get(name))
+
+    def __delattr__(self, name: str) -> None:
+        was = self._modules.get(name)
+        super().__delattr__(name)
+        self._follow(was, None)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in torch, where it may replace a module too."""
+        was = self._modules.get(name)
+        super().add_module(name, module)
+        self._follow(was, module)
+
+    def _follow(self, was: nn.Module | None, now: nn.Module | None) -> None:
+        """A branch in the place of another one runs where that one was chosen: by default, in blocks of this thread."""
+        if was is None:
+            return
+        if self.adaptergraph_default is was:
+            self.__dict__["adaptergraph_default"] = now
+        if now is not None:
+            self.adaptergraph_slot.here.replace(was, now)
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         slot = self.adaptergraph_slot.here

@@ -33,7 +33,8 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     Other threads have blocks of their own. Of the blocks that are open in one thread the one that was entered last
     counts, in whatever order they are left. A generator or coroutine that is suspended inside a block would lend it to
     whoever runs meanwhile: there another block, or a call without `task=`, is an error (calls of a program of
-    `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block.
+    `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block, and a generator or coroutine that
+    returns may leave one open for its caller (`stack.enter_context`).
 
     Args:
         model: a compiled model with a `Switch`.
@@ -114,7 +115,8 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
 
     Of the parameters of all branches exactly those of this task are trained which the graph says are trained; the
     gradients of the others are dropped, so that no optimizer moves them. None takes the default away: every branch is
-    trained again.
+    trained again. A module put in the place of a branch (`switch.a = other`) runs wherever that one was chosen, but by
+    what other threads have chosen; parameters that the graph does not know keep their `requires_grad`.
 
     Returns:
         The model.
@@ -139,8 +141,10 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
     for switch in switches:
         switch.be_default(task)
         for name, parameter in switch.named_parameters():
-            wanted = task is None or name.startswith(task + ".")
-            parameter.requires_grad_(wanted and trained[f"{switch.adaptergraph_path}.{name}"])
+            known = trained.get(f"{switch.adaptergraph_path}.{name}")
+            if known is None:
+                continue
+            parameter.requires_grad_(known and (task is None or name.startswith(task + ".")))
             if not parameter.requires_grad:
                 parameter.grad = None
     return model
@@ -189,8 +193,29 @@ def _branch(switch: Switch, task: str) -> nn.Module:
 # ---------------------------------------------------------------------- the root of a model
 
 
+class _OwnArguments(inspect.Signature):
+    """The arguments of a model's own forward, for what binds a call to them beforehand, as `torch.export` does."""
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        if "task" in kwargs and not any(p.kind is p.VAR_KEYWORD for p in self.parameters.values()):
+            raise GraphError(
+                "task= is no argument of the model's own forward, which is what is asked for here",
+                source=here(),
+                hint="ag.set_task(model, …) before, or with ag.task(model, …) around this call",
+            )
+        return super().bind(*args, **kwargs)
+
+
 class Tasked:
     """What the root of a model with a `Switch` can do beside its own class: `model(…, task="a")` and these."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        forward: Any = vars(cls)["forward"]
+        signature = inspect.signature(forward)
+        forward.__signature__ = _OwnArguments(
+            list(signature.parameters.values()), return_annotation=signature.return_annotation
+        )
 
     def task(self: Any, task: str | Sequence[str]) -> AbstractContextManager[None]:
         """See `ag.task`."""

@@ -196,6 +196,55 @@ def test_a_complex_number_has_no_name_in_a_file():
         ag.Graph(ag.add([two, two])).to_json()
 
 
+def jagged(x):
+    return torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged)
+
+
+NO_LISTS = {
+    "torch.float32, torch.sparse_coo, on cpu": lambda x: torch.eye(4).to_sparse(),
+    "torch.float32, torch.sparse_csr, on cpu": lambda x: torch.eye(4).to_sparse_csr(),
+    "torch.qint8, quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "torch.float32, torch.strided, on meta": lambda x: x.to("meta"),
+    "torch.complex64, torch.strided, on cpu": lambda x: x * 1j,
+}
+
+
+@pytest.mark.parametrize("what", NO_LISTS)
+def test_a_constant_that_is_no_list_of_numbers_has_no_name_in_a_file(what):
+    node = ag.constant(NO_LISTS[what](torch.randn(4, 4)), name="c")
+    message = rf"^node 'c' holds tensor \(4, 4\) of {what}, which has no name in a file\n"
+    with pytest.raises(ag.GraphError, match=message) as caught:
+        ag.Graph(node).to_json()
+    assert "test_exchange.py" in str(caught.value)
+
+
+class Nesting(nn.Module):
+    """Works on a tensor of rows with different lengths, its own or one that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x if x.is_nested else jagged(x)).values()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_has_no_name_in_a_file():
+    x = torch.randn(3, 4)
+    for given in (x, jagged(x)):
+        graph = ag.trace(Nesting().eval(), given)
+        with pytest.raises(
+            ag.GraphError, match=r"node '.*' is a nested tensor of shape \(.*\), which has no name"
+        ) as caught:
+            graph.to_json()
+        assert caught.value.node in graph
+        assert "written at  test_exchange.py" in str(caught.value)
+    constant = ag.Graph(ag.constant(jagged(x), name="c"))
+    with pytest.raises(ag.GraphError, match=r"node 'c' is a nested tensor of shape"):
+        constant.to_json()
+
+
 def test_the_name_of_an_option_is_no_code(tmp_path, monkeypatch):
     """Options become words of the code of a compiled graph."""
     monkeypatch.chdir(tmp_path)

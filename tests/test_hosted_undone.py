@@ -9,6 +9,7 @@ import warnings
 
 import byhand
 import pytest
+import safetensors.torch
 import torch
 from models import snapshot
 from safetensors.torch import load_file, save_file
@@ -265,6 +266,52 @@ def test_a_model_that_got_its_values_after_the_bodies_keeps_them():
     assert all(torch.equal(model.state_dict()[n], v) for n, v in state.items())
 
 
+def to_eight_bits(model):
+    return model.to(torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, to_eight_bits], ids=lambda f: f.__name__)
+def test_a_model_that_was_rounded_since_is_given_back_with_a_warning(convert):
+    model, hand = used(), convert(used())
+    adapted(model)
+    trained(model)
+    convert(model)
+    before = everything(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with says(
+            "this Net was converted after the bodies were attached: 10 of its tensors are given back rounded",
+            "a.weight        was torch.float32   is torch.",
+            "… and 7 more",
+            "to fix      load their values again; graph.compile() without inplace=True makes a copy to convert",
+            kind=UserWarning,
+        ):
+            ag.detach(model)
+    assert everything(model) == before
+    with pytest.warns(UserWarning, match="given back rounded") as caught:
+        ag.detach(model)
+    assert [w.filename for w in caught] == [__file__]
+    assert {n: v.tolist() for n, v in model.state_dict().items()} == {
+        n: v.tolist() for n, v in hand.state_dict().items()
+    }
+    assert {v.dtype for v in model.parameters()} == {hand.a.weight.dtype}
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_whose_dtype_holds_more_is_given_back_bit_for_bit(first):
+    model = Net().to(first)
+    ag.trace(model, X.to(first)).splice("{a,part.0}", METHOD).unfreeze("head").compile(inplace=True)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    model.double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ag.detach(model)
+    for name, value in Net().to(first).double().state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+        assert model.state_dict()[name].dtype == value.dtype
+
+
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = Net()
@@ -330,6 +377,19 @@ class Interrupted(dict):
         raise KeyboardInterrupt
 
 
+class Second(dict):
+    """One that is read once; when it is read again, the user presses Ctrl-C between two of its values."""
+
+    reads = 0
+
+    def items(self):
+        self.reads += 1
+        for i, pair in enumerate(super().items()):
+            if i and not self.reads % 2:
+                raise KeyboardInterrupt
+            yield pair
+
+
 def with_switch(graph):
     return graph.splice("{a,part}", ag.Switch({"x": METHOD, "y": METHOD}))
 
@@ -349,6 +409,16 @@ STATES = {
     ),
     "no such file": ("/nowhere/none.safetensors", ag.StateMismatch, "cannot be read as safetensors"),
     "an interrupt": (Interrupted(), KeyboardInterrupt, ""),
+    "an interrupt between two values": (
+        Second({"a.weight": torch.ones(8, 8), "head.bias": torch.ones(8), "a.bias": torch.ones(8)}),
+        KeyboardInterrupt,
+        "",
+    ),
+    "another kind": (
+        {"a.bias": torch.ones(8), "a.weight": torch.full((8, 8), 1 + 2j)},
+        ag.StateMismatch,
+        "a.weight   model torch.float32   given torch.complex64",
+    ),
 }
 
 
@@ -366,6 +436,16 @@ def test_a_refused_state_leaves_the_model_as_it_was(name, change):
     assert everything(model) == before
     assert torch.equal(model.eval()(X), plain)
     ag.detach(change(ag.trace(model, X)).compile(inplace=True))
+
+
+def test_detach_gives_back_what_a_state_replaced():
+    model = used()
+    before = everything(model)[0]
+    state = {n: torch.randn_like(v) * 9 for n, v in model.state_dict().items() if v.is_floating_point()}
+    adapted = with_bodies(ag.trace(model, X)).compile(inplace=True, state=state)
+    assert all(torch.equal(adapted.state_dict()[n], v) for n, v in state.items())
+    ag.detach(adapted)
+    assert everything(model)[0] == before
 
 
 class Sealed(nn.BatchNorm1d):
@@ -450,6 +530,42 @@ def test_a_warning_on_an_adapted_model_leaves_its_values(tmp_path):
         with says("with other frozen weights than these", kind=UserWarning):
             ag.load(model, tmp_path, inplace=True)
     assert everything(model) == before
+
+
+class Interrupting(torch.Tensor):
+    """A tensor during whose copying the user presses Ctrl-C."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_:
+            raise KeyboardInterrupt
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_while_an_adapter_is_read_leaves_the_values(at, tmp_path, monkeypatch):
+    saved(tmp_path / "whole")
+    alone = byhand.randomise(ag.trace(Net(), X).splice("{a,part.0}", METHOD).compile())
+    ag.save(alone, tmp_path / "branch")
+    read = safetensors.torch.load
+
+    def interrupted(raw):
+        tensors = read(raw)
+        name = list(tensors)[at]
+        return tensors | {name: tensors[name].as_subclass(Interrupting)}
+
+    mine = adapted(Net())
+    fused = ag.trace(Net(), X).splice("{a,part.0}", ag.Fusion({"x": METHOD, "y": METHOD})).compile()
+    states = everything(mine), everything(fused)
+    monkeypatch.setattr(safetensors.torch, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ag.load(mine, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        ag.load_branch(fused, tmp_path / "branch", "x")
+    assert (everything(mine), everything(fused)) == states
+    monkeypatch.undo()
+    ag.load_branch(fused, tmp_path / "branch", "x")
+    assert everything(fused) != states[1]
 
 
 def test_a_tensor_too_many_in_a_file_leaves_the_model_as_it_was(tmp_path):

@@ -58,6 +58,42 @@ def test_every_mismatch_is_listed_by_name():
     assert lines[3].split(maxsplit=1) == ["body.fc.bias", "model (3,)          given no tensor but a list"]
 
 
+KINDS = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_values_of_another_kind_are_cast_as_torch_does_or_refused(dtype, to):
+    state = {n: (v * 50).to(dtype) for n, v in values().items()}
+    if torch.can_cast(dtype, to):
+        model = graph().compile(state=state, dtype=to)
+        assert all(
+            torch.equal(model.state_dict()[n], torch.empty(v.shape, dtype=to).copy_(v)) for n, v in state.items()
+        )
+        return
+    with pytest.raises(ag.StateMismatch, match=rf"body\.fc\.bias +model {to} +given {dtype}\n"):
+        graph().compile(state=state, dtype=to)
+
+
+def test_float_values_for_a_buffer_of_whole_numbers():
+    x = ag.input("x", shape=("batch", 4))
+    model = ag.Graph(ag.batch_norm(x, name="norm"))
+    with pytest.raises(ag.StateMismatch, match=r"norm\.num_batches_tracked +model torch\.int64 +given torch\.float32"):
+        model.compile(state={"norm.num_batches_tracked": torch.tensor(2.5)})
+    assert model.compile(state={"norm.num_batches_tracked": torch.tensor(2)}).norm.num_batches_tracked == 2
+
+
+def test_values_that_are_kept_in_another_way_are_refused():
+    state = values()
+    weight = state["body.fc.weight"]
+    state["body.fc.weight"] = weight.to_sparse()
+    with pytest.raises(ag.StateMismatch, match=r"model torch\.float32 +given torch\.float32, torch\.sparse_coo\n"):
+        graph().compile(state=state)
+    state["body.fc.weight"] = torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+    with pytest.raises(ag.StateMismatch, match=r"model torch\.float32 +given torch\.qint8, quantized\n"):
+        graph().compile(state=state)
+
+
 def test_a_mismatch_in_a_file_names_the_file(tmp_path):
     save_file({"nothing.like.it": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ag.StateMismatch, match=r"3 tensors of '.*other\.safetensors' do not fit the model"):

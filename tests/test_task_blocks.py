@@ -215,6 +215,87 @@ def test_a_block_around_what_is_awaited_in_the_same_coroutine(model, wanted):
     assert nothing_is_left(model)
 
 
+async def a_coroutine(stack, block):
+    stack.enter_context(block)
+    await asyncio.sleep(0)
+    return "done"
+
+
+async def a_coroutine_without_a_value(stack, block):
+    await asyncio.sleep(0)
+    stack.enter_context(block)
+
+
+def a_generator(stack, block):
+    yield stack.enter_context(block)
+
+
+def a_generator_that_tries(stack, block):
+    try:
+        yield
+        stack.enter_context(block)
+        return
+    finally:
+        stack.callback(int)
+
+
+async def an_async_generator(stack, block):
+    yield stack.enter_context(block)
+
+
+def finish(opener):
+    """Runs it to its end."""
+
+    async def below():
+        async for _ in opener:
+            pass
+
+    async def above():
+        return await opener
+
+    if hasattr(opener, "__await__"):
+        asyncio.run(above())
+    elif hasattr(opener, "__anext__"):
+        asyncio.run(below())
+    else:
+        list(opener)
+
+
+OPENERS = [a_coroutine, a_coroutine_without_a_value, a_generator, a_generator_that_tries, an_async_generator]
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_who_returned_left_its_block_to_who_holds_it(model, wanted, opener):
+    model.set_task("c")
+    with contextlib.ExitStack() as stack:
+        finish(opener(stack, model.task("b")))
+        assert runs(model, wanted) == ["b"]
+        assert torch.equal(model(batch(), task="a"), wanted["a"])
+        assert list(steps(model, "a", wanted)) == [["a"]] * 3
+        with model.task("a"):
+            assert runs(model, wanted) == ["a"]
+        assert runs(model, wanted) == ["b"]
+        one = steps(model, "a", wanted)
+        next(one)
+        with pytest.raises(ag.GraphError, match=WAITS.format("steps")):
+            model(batch())
+        one.close()
+        finish(opener(stack, model.task("a")))
+        assert runs(model, wanted) == ["a"]
+    assert runs(model, wanted) == ["c"]
+    assert nothing_is_left(model)
+
+
+def test_who_has_not_returned_still_waits(model):
+    with contextlib.ExitStack() as stack:
+        one = a_generator(stack, model.task("b"))
+        next(one)
+        with pytest.raises(ag.GraphError, match=WAITS.format("a_generator")):
+            model(batch())
+        assert next(one, "done") == "done"
+        model(batch())
+
+
 # ---------------------------------------------------------------------- threads
 
 

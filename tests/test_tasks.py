@@ -107,6 +107,73 @@ def test_call_before_thread_before_default(model):
         model(batch())
 
 
+WAYS_TO_REPLACE = {
+    "setattr": lambda switch, name, new: setattr(switch, name, new),
+    "add_module": lambda switch, name, new: switch.add_module(name, new),
+    "register_module": lambda switch, name, new: switch.register_module(name, new),
+    "set_submodule": lambda switch, name, new: switch.set_submodule(name, new),
+}
+
+
+class First(nn.Module):
+    """A module of the first of its arguments, as a branch: it is given what any branch of its switch reads."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, *more):
+        return self.module(x)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_REPLACE)
+def test_a_branch_in_the_place_of_another_one_runs_wherever_that_was_chosen(model, way):
+    switch, new = model.fc.adapter, nn.Linear(SIZE, SIZE)
+    replace = lambda name, module: WAYS_TO_REPLACE[way](switch, name, First(module))  # noqa: E731
+    h = nn.functional.linear(batch(), model.fc.weight, model.fc.bias)
+    others = {t: model(batch(), task=t) for t in "ac"}
+    model.set_task("b")
+    model(batch())
+    replace("b", new)
+    wanted = torch.relu(new(h))
+    assert torch.equal(model(batch()), wanted)
+    assert torch.equal(copy.deepcopy(model)(batch()), wanted)
+    assert torch.equal(model(batch(), task="b"), wanted)
+    assert torch.equal(model(batch(), task=["b"] * 4), wanted)
+    assert all(torch.equal(model(batch(), task=t), others[t]) for t in others)
+    with model.task("b"), model.task("a"):
+        replace("b", nn.Identity())
+        assert torch.equal(model(batch()), others["a"])
+        with model.task("b"):
+            replace("b", nn.Tanh())
+            assert torch.equal(model(batch()), torch.relu(torch.tanh(h)))
+    with model.task("b"):
+        replace("b", new)
+        assert torch.equal(model(batch()), wanted)
+    assert torch.equal(model(batch()), wanted)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch()), wanted)
+    replace("b", nn.Tanh())
+    torch.testing.assert_close(compiled(batch()), torch.relu(torch.tanh(h)))
+
+
+def test_parameters_that_the_graph_does_not_know_keep_what_they_are(model):
+    model.fc.adapter.b = nn.Linear(SIZE, SIZE)
+    model.fc.adapter.b.bias.requires_grad_(False)
+    for task in ("a", "b", None):
+        model.set_task(task)
+        assert [p.requires_grad for p in model.fc.adapter.b.parameters()] == [True, False]
+        assert all(p.requires_grad == (task != "b") for p in model.fc.adapter.a.parameters())
+
+
+def test_a_branch_that_is_deleted_is_no_default_any_more(model):
+    model.set_task("b")
+    del model.fc.adapter.b
+    with pytest.raises(ag.GraphError, match=r"^no task is chosen at 'fc\.adapter'\n    tasks   a, c\n"):
+        model(batch())
+
+
 @pytest.mark.parametrize("tasks", [["a", "b", "c", "a"], ("b", "b", "a", "b"), ["c"] * 4])
 def test_rows_of_different_tasks(model, tasks):
     mixed = model(batch(), task=tasks)
@@ -527,6 +594,45 @@ class OwnAttribute(OwnArgument):
 
     def set_task(self, task):
         return f"own {task}"
+
+
+EXPORT_MESSAGE = (
+    r"^task= is no argument of the model's own forward, which is what is asked for here\n"
+    r"  written at  test_tasks\.py:\d+    .*\n"
+    r"  to fix      ag\.set_task\(model, …\) before, or with ag\.task\(model, …\) around this call$"
+)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_is_the_task_that_was_chosen_before(model, strict):
+    graph = ag.trace(nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh()).eval(), batch())
+    live = randomise(graph.splice("0", ag.Switch(METHODS)).compile())
+    for one in (model, live, pickle.loads(pickle.dumps(live))):
+        for task in ("b", ["a", "c", "b", "a"]):
+            wanted = one(batch(), task=task)
+            with pytest.raises(ag.GraphError, match=EXPORT_MESSAGE):
+                torch.export.export(one, (batch(),), {"task": task}, strict=strict)
+            with ag.task(one, task):
+                exported = torch.export.export(one, (batch(),), strict=strict)
+            torch.testing.assert_close(exported.module()(batch()), wanted)
+        one.set_task("a")
+        exported = torch.export.export(one, (batch(),), strict=strict)
+        torch.testing.assert_close(exported.module()(batch()), one(batch(), task="a"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_root_that_takes_more_is_exported_with_its_task(strict):
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(SIZE, SIZE)
+
+        def forward(self, x, **more):
+            return self.fc(x)
+
+    one = randomise(ag.trace(Taking().eval(), batch()).splice("fc", ag.Switch(METHODS)).compile())
+    exported = torch.export.export(one, (batch(),), {"task": "b"}, strict=strict)
+    torch.testing.assert_close(exported.module()(batch(), task="b"), one(batch(), task="b"))
 
 
 @pytest.mark.parametrize(("cls", "refused"), [(OwnArgument, ["task", "set_task"]), (OwnAttribute, ["task"])])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ class Attachment:
     Attributes:
         graph: what the model now is.
         trained_before: `requires_grad` of the parameters it had.
-        before: values of what training may change of it, when bodies were attached to the model itself.
+        before: values of what training or a given state may change of it, when bodies were attached to itself.
         modes: `training` of the modules it had.
         hosts: the modules whose class was swapped.
         plans: the plans of hosts that had one, as parts of what a declared graph was compiled to.
@@ -136,6 +137,16 @@ def taken_off_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def keep_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Remembers the values of these parameters and buffers of the host too, which are about to be overwritten."""
+    record, own = attachment(model), values_of(model)
+    assert record is not None
+    bodies = tuple(f"{name}." for name in record.graph.bodies)
+    for name in names:
+        if name in own and name not in record.before and not name.startswith(bodies):
+            record.before[name] = own[name].detach().clone()
+
+
 # ---------------------------------------------------------------------- what was changed since
 
 
@@ -206,3 +217,28 @@ def _changed_tensors(model: nn.Module, record: Attachment, known: set[str]) -> l
         elif trained and name in own:
             rows.append((name, "was a parameter", "is a buffer"))
     return rows
+
+
+def warn_of_rounding(model: nn.Module, record: Attachment) -> None:
+    """Says which tensors cannot be given back bit for bit, because the model was converted since."""
+    assert record.graph.imported is not None
+    was = {n: p.dtype for n, p in record.graph.imported.params.items()} | {n: v.dtype for n, v in record.before.items()}
+    now = {n: v.dtype for n, v in values_of(model).items()}
+    rounded = {n: d for n, d in was.items() if n in now and not _holds(now[n], d)}
+    if rounded:
+        text = GraphError(
+            f"this {type(model).__name__} was converted after the bodies were attached: "
+            f"{len(rounded)} of its tensors are given back rounded",
+            sides=shortened([(n, f"was {d}", f"is {now[n]}") for n, d in rounded.items()], 3),
+            hint="load their values again; graph.compile() without inplace=True makes a copy to convert",
+        )
+        warnings.warn(str(text), stacklevel=3)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of the other dtype is one of this dtype."""
+    if dtype == other or not (other.is_floating_point or other.is_complex):
+        # a conversion of a model leaves whole numbers as they are
+        return True
+    mine, theirs = torch.finfo(dtype), torch.finfo(other)
+    return mine.eps <= theirs.eps and mine.max >= theirs.max

@@ -7,9 +7,12 @@ all see the adapted value, `isinstance` holds, and no state-dict key changes. Al
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import itertools
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -259,7 +262,7 @@ def _set_forward(self: Any, hosted: type, value: Any) -> None:
 
 
 def parts_of(function: Any) -> Iterator[Any]:
-    """A callable, the functions it wraps or closes over, and the objects that these are bound to."""
+    """A callable, what it wraps, closes over or reads by a global name, what these are bound to, hold or refer to."""
     waiting, seen = [function], set()
     while waiting:
         part = waiting.pop()
@@ -272,12 +275,34 @@ def parts_of(function: Any) -> Iterator[Any]:
         elif isinstance(part, types.MethodType):
             waiting += [part.__func__, part.__self__]
         elif isinstance(part, types.FunctionType):
+            waiting += [*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values(), *_globals_of(part)]
             for cell in part.__closure__ or ():
                 with suppress(ValueError):
                     waiting.append(cell.cell_contents)
+        elif isinstance(part, weakref.ref):
+            waiting.append(part())
+        elif type(part) in (list, tuple, set, dict):
+            waiting += part.values() if isinstance(part, dict) else part
         else:
             continue
         waiting += [part.__wrapped__] if hasattr(part, "__wrapped__") else []
+
+
+def _globals_of(function: types.FunctionType) -> Iterator[Any]:
+    """What a function reads by a global name; of other functions, those of its own file."""
+    space = function.__globals__
+    for name in _global_names(function.__code__):
+        value = space.get(name)
+        if not isinstance(value, types.FunctionType) or value.__globals__ is space:
+            yield value
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that code reads, also in the functions that it makes."""
+    inner = [_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    return tuple(dict.fromkeys(itertools.chain(own, *inner)))
 
 
 def _containers(cls: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .attachment import (
     refuse_hosted,
     take_off,
     taken_off_on_error,
+    warn_of_rounding,
 )
 from .examples import arguments_of
 from .frames import Token
@@ -82,6 +83,7 @@ def attach(
         for name, body in graph.bodies.items()
     }
     own = dict(model.named_parameters(remove_duplicate=False))
+    _refuse_inference(graph, own)
     record = Attachment(
         graph, {n: p.requires_grad for n, p in own.items()}, {n: m.training for n, m in model.named_modules()}
     )
@@ -95,6 +97,17 @@ def attach(
             _put_on(model, record, made, routes, programs)
         finally:
             record.hosts = [n for n in plain if plan_of(model.get_submodule(n)) is not None]
+
+
+def _refuse_inference(graph: Graph, own: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in own.items():
+        if parameter.is_inference() and graph.trained.get(name, False):
+            raise GraphError(
+                f"{name!r} was made in torch.inference_mode(), so it cannot be trained",
+                node=name,
+                source=here(),
+                hint="graph.compile() without inplace=True makes a copy that can be; or make the model outside of it",
+            )
 
 
 def _put_on(
@@ -287,7 +300,8 @@ def detach(model: nn.Module) -> nn.Module:
     """Takes all bodies off a model and gives it back: classes, parameters, what is trained.
 
     A model that bodies were attached to in place gets its values back bit for bit, also of host parameters that were
-    unfrozen and trained; save them first (`ag.save`) to keep them.
+    unfrozen and trained; save them first (`ag.save`) to keep them. Its device and dtype stay what they are now: where
+    that dtype cannot hold the values (after `.half()`), a warning says so.
 
     Raises:
         GraphError: nothing is attached; or hosts, or parameters that are given back, were replaced or changed since, as
@@ -302,6 +316,7 @@ def detach(model: nn.Module) -> nn.Module:
             hint="give the model that graph.compile() returned; it may have been detached already",
         )
     refuse_changed(model, record)
+    warn_of_rounding(model, record)
     take_off(model, record)
     for parameter in model.parameters():
         parameter.grad = None

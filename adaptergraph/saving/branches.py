@@ -14,7 +14,7 @@ from ..errors import GraphError, here, suggestion
 from ..graph import Graph
 from ..hosting.sites import graph_of
 from ..names import body_name
-from ..state import load_values
+from ..state import load_values, put_back_on_error
 from .exchange import SpliceText, method_from_json
 from .storage import HostText, check_host, mismatch, read_files, without_splices
 
@@ -66,7 +66,8 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     if missing:
         rows = [(name, "branch has it", "file has none") for name in sorted(missing)]
         mismatch(f"the adapter in {str(folder)!r} does not fit the branch {branch!r}", rows, "save the adapter again")
-    load_values(model, values, str(folder))
+    with put_back_on_error(model, values):
+        load_values(model, values, str(folder))
     return model
 
 

@@ -244,6 +244,8 @@ def _node_to_json(node: Node) -> dict[str, Any]:
     if node.inputs:
         data["inputs"] = node.inputs
     if node.shape is not None:
+        if not all(isinstance(d, str | int | None) for d in node.shape):
+            raise _nameless(node, f"is a nested tensor of shape {node.shape}")
         data["shape"] = node.shape
     if node.dtype is not None:
         data["dtype"] = _dtype(node.dtype)
@@ -257,16 +259,28 @@ def _node_to_json(node: Node) -> dict[str, Any]:
 
 
 def _option(value: Any, node: Node) -> Any:
-    if isinstance(value, torch.Tensor) and not value.is_complex():
+    if isinstance(value, torch.Tensor) and _is_plain(value):
         return {"tensor": value.tolist(), "dtype": _dtype(value.dtype)}
     if isinstance(value, tuple | list):
         return [_option(v, node) for v in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise GraphError(
-        f"node {node.name!r} holds {value!r}, which has no name in a file",
+    if isinstance(value, torch.Tensor):
+        kind = ", quantized" if value.is_quantized else f", {value.layout}, on {value.device.type}"
+        raise _nameless(node, f"holds tensor {tuple(value.shape)} of {value.dtype}{kind}")
+    raise _nameless(node, f"holds {value!r}")
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor is a list of lists of numbers."""
+    return value.layout is torch.strided and not (value.is_complex() or value.is_quantized or value.is_meta)
+
+
+def _nameless(node: Node, what: str) -> GraphError:
+    return GraphError(
+        f"node {node.name!r} {what}, which has no name in a file",
         node=node.name,
-        source=node.source,
+        source=node.source or here(),
         hint="write that part with layers of adaptergraph, or keep this graph in code",
     )
 

@@ -22,7 +22,7 @@ from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
 from ..names import body_name
 from ..splicing.hosts import hosts_of
-from ..state import load_values
+from ..state import load_values, put_back_on_error
 from ..tracing.trace import trace
 from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
 from .files import read_file, write_files
@@ -322,7 +322,8 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
     _check_tensors(spliced, data, state)
     if model is not None:
         _warn_of_another_base(model, spliced, data)
-        load_values(model, state, str(folder))
+        with put_back_on_error(model, state):
+            load_values(model, state, str(folder))
         return model
     base = spliced.imported.host if spliced.imported is not None else None
     if base is not None:
