@@ -54,6 +54,11 @@ def ids(name="ids"):
     return x("batch", "seq", name=name, dtype=torch.int64)
 
 
+def two_ranks():
+    a = ag.dense(x(), 8, name="a")
+    return ag.Graph([a, ag.dense(x("batch", 3, 8, name="y"), 8, share=a)])
+
+
 def wide():
     return ag.Graph(ag.dense(ag.dense(x(), 4, name="low"), 8, name="up"))
 
@@ -738,6 +743,12 @@ SPLICES = [
         S,
         "body 'a.adapter' does not fit its host",
         "end the body with the shape of its host: batch × 8",
+    ),
+    (
+        lambda: two_ranks().splice("a", lambda s: ag.reshape(s.output, ("batch", 8))),
+        S,
+        "body 'a.adapter' does not fit each call of its host",
+        "splice at one call, or at each a body of its own: 'a@0', 'a@1'",
     ),
     (
         lambda: chain().splice("a", ag.Bottleneck(2, hidden_size=1)),

@@ -13,7 +13,7 @@ from ..collect import unnamed
 from ..errors import BadSplice, GraphError, ShapeMismatch, Source, here
 from ..graph import Graph
 from ..names import body_name, check_name, path_of
-from ..node import EMPTY, Node, format_shape
+from ..node import EMPTY, Node, format_shape, reading
 from ..select import Selector, Span, entries_of
 from .draft import Draft, in_order
 from .hosts import hosts_of, refuse_unread, starts_of
@@ -403,11 +403,29 @@ class _Splicing:
             names[name] = self.draft.seen(raw if raw in self.firsts else self.twin(raw, index), scope, scope)
         names |= {name: inputs[a].name or "" for a, name in self.given.items() if a in inputs}
         names[read] = value
-        copies = [
-            replace(node, name=names[name], inputs=tuple(names.get(i, i) for i in node.inputs))
-            for name, node in first.items()
-        ]
-        return copies, names[written]
+        was, now = ({i: _handle(self.draft, n[i]) for i in outside} for n in ({i: i for i in outside}, names))
+        try:
+            copies = _copied(first, was, now, names)
+            if not _alike(copies[written], now[read]):
+                raise ShapeMismatch(f"the body gives {format_shape(copies[written].shape)} there")
+        except ShapeMismatch as error:
+            raise self.unlike(was[read], now[read], scope, index, error) from error.__cause__
+        nodes = [replace(n, inputs=tuple(i.name or "" for i in n.inputs)) for n in copies.values()]
+        return nodes, names[written]
+
+    def unlike(self, was: Node, now: Node, scope: str, index: int, error: ShapeMismatch) -> ShapeMismatch:
+        """The error for a body that fits its host at the first call and not at a further one."""
+        host, path, imported = self.host, path_of(self.host), self.draft.graph.imported is not None
+        scopes = [self.draft.scopes.of_host(host)[0], scope] if imported else ["", f"@{index}"]
+        calls = [f"{path}@{s.partition('@')[2] or 0}{host[len(path) :]}" for s in scopes]
+        shown = [(call, format_shape(n.shape), str(n.dtype)) for call, n in zip(calls, (was, now), strict=True)]
+        return ShapeMismatch(
+            f"body {self.body!r} does not fit each call of its host",
+            node=self.body,
+            sides=[("fits", *shown[0]), ("does not", *shown[1]), ("because", str(error).splitlines()[0])],
+            source=self.source,
+            hint=f"splice at one call, or at each a body of its own: {calls[0]!r}, {calls[1]!r}",
+        )
 
     def twin(self, name: str, index: int) -> str:
         """The value of the same place in a further call: of what is called as often as the host."""
@@ -428,6 +446,24 @@ class _Splicing:
         own = {node.name for node in new}
         for name in dict.fromkeys(i for node in new for i in node.inputs if i not in own and i != value):
             draft.reads.append((self.body, name, last))
+
+
+def _alike(one: Node, other: Node) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def _copied(
+    first: Mapping[str, Node], was: Mapping[str, Node], now: Mapping[str, Node], names: Mapping[str, str]
+) -> dict[str, Node]:
+    """The nodes of a body once more, called `names`, reading what is there `now` instead of what there `was`."""
+    copies: dict[str, Node] = {}
+    for name, node in first.items():
+        before = [first.get(i) or was[i] for i in node.inputs]
+        inputs = [copies.get(i) or now[i] for i in node.inputs]
+        same = all(_alike(a, b) for a, b in zip(before, inputs, strict=True))
+        copy = node if same else reading(node, inputs)
+        copies[name] = replace(copy, name=names[name], inputs=tuple(inputs))
+    return copies
 
 
 def _refuse_late(draft: Draft, source: Source | None) -> None:
