@@ -278,17 +278,28 @@ class _Splicing:
             pairs = [(a, draft.seen(v, scope, scope)) for a, v in graph.imported.call(scope).inputs]
         else:
             members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
-            reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
-            outer = [v for v in reads if not self.inner(host, v) and draft.nodes[v].op not in ("param", "constant")]
+            reads = dict.fromkeys(self.outer(host, v) for name in members for v in draft.nodes[name].inputs)
+            inner = {v for v in reads if v in members or self.is_inner(host, v)}
+            outer = [v for v in reads if v not in inner and draft.nodes[v].op not in ("param", "constant")]
             floats = [v for v in outer if (dtype := draft.nodes[v].dtype) is not None and dtype.is_floating_point]
             pairs = [(f"input_{i}" if i else "input", v) for i, v in enumerate(floats)]
         return {argument: _handle(draft, value) for argument, value in pairs}
 
-    def inner(self, group: str, value: str) -> bool:
+    def is_inner(self, group: str, value: str) -> bool:
         """Whether a value comes from inside a group of declared nodes: from a body there."""
         return group in self.draft.graph.containers and self.draft.scopes.is_inside(
             self.draft.nodes[value], group, "after"
         )
+
+    def outer(self, group: str, value: str) -> str:
+        """What a value is before the bodies inside a group of declared nodes."""
+        draft = self.draft
+        while self.is_inner(group, value) and (body := draft.nodes[value].body):
+            before = [read for read, written in draft.bodies[body].calls if written == value]
+            if not before:
+                break
+            value = before[0]
+        return value
 
     def apply(self, value: str, scope: str, inputs: Mapping[str, Node], apply: Any) -> list[Node]:
         """The nodes that the method makes at the first call."""
