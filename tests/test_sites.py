@@ -451,23 +451,48 @@ def test_the_first_call_of_the_host_itself_is_refused_where_it_is_each_calls_own
     assert graph.splice("once", tapping("once@0")).bodies
 
 
+class States(nn.Module):
+    """The second output of `lstm` is read only after `head`, which reads the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head, self.last = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        out, (hidden, _) = self.lstm(x)
+        return self.head(out), self.last(hidden)
+
+
 def test_before_what_reads_one_of_several_outputs_the_others_stay_what_they_are():
-    class States(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
-
-        def forward(self, x):
-            out, (hidden, _) = self.lstm(x)
-            return self.head(out), hidden
-
     base, x = States(), torch.randn(2, 3, 4)
     graph = ag.trace(base, x).splice("head", METHOD, where="before")
     assert graph["lstm:1:0"].inputs == ("lstm",)
     assert ag.Graph.from_json(graph.to_json()) == graph
     model = randomise(graph.compile())
     out, (hidden, _) = base.lstm(x)
-    torch.testing.assert_close(model(x), (base.head(serial(model.head.adapter, out)), hidden))
+    torch.testing.assert_close(model(x), (base.head(serial(model.head.adapter, out)), base.last(hidden)))
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_one_of_several_outputs_is_there_as_soon_as_its_module_ran(where):
+    base, x = States(), torch.randn(1, 3, 4)
+
+    def tap(site):
+        state = ag.nx(site.graph["lstm:1:0"], lambda t: t[0, 0])
+        return site.output + ag.dense(state, 4, name="tapped")
+
+    model = randomise(ag.trace(base, x).splice("head", tap, where=where).compile())
+    out, (hidden, _) = base.lstm(x)
+    more = model.head.adapter.tapped(hidden[0, 0])
+    expected = base.head(out + more) if where == "before" else base.head(out) + more
+    torch.testing.assert_close(model(x), (expected, base.last(hidden)))
+
+
+def test_a_body_at_one_of_several_outputs_runs_before_what_comes_after_its_module():
+    graph = ag.trace(States(), torch.randn(1, 3, 4))
+    with pytest.raises(ag.BadSplice, match="reads 'head', which runs later in the model's own forward"):
+        graph.splice("lstm:1:0", lambda site: site.output + ag.nx(site.graph["head"], torch.sum))
 
 
 def test_a_body_around_a_module_that_is_called_on_what_it_gave_comes_back_from_a_file():

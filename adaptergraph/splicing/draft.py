@@ -24,7 +24,10 @@ class Draft:
         self.bodies = dict(graph.bodies)
         self.outputs = graph.outputs
         self.after: dict[str, list[str]] = {}
-        self.rank = {name: i for i, name in enumerate(graph._nodes)}
+        self.rank: dict[str, int] = {}
+        for i, (name, node) in enumerate(graph._nodes.items()):
+            # one of several values is there when the others are, and stands in the table where it is first read
+            self.rank[name] = self.rank[node.inputs[0]] if node.op == "output" else i
         self.anchor = {name: name for name in graph._nodes}
         self.replacing: dict[str, list[str]] = {}
         for body in graph.bodies.values():
