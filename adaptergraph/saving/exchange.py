@@ -118,7 +118,7 @@ class ImportedText(Strict):
     readers: dict[Name, Name] = {}
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
-    kept: list[Name] = []
+    kept: list[tuple[Name, Name]] = []
     example: dict[str, ParamText | ValueText] | None = None
 
 

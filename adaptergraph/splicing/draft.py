@@ -54,6 +54,11 @@ class Draft:
         replaces, is_passed_by = self.scopes.replaces_at, self.scopes.is_passed_by
         return self._after(value, lambda b, i: replaces(b, i, view) and not is_passed_by(b, i, value, reader))
 
+    def kept(self) -> list[str]:
+        """What an imported model keeps beside its outputs, after the bodies on its way."""
+        imported = self.graph.imported
+        return [self.seen(value, scope, scope) for value, scope in imported.kept] if imported is not None else []
+
     def _after(self, value: str, past: Callable[[Body, int], bool]) -> str:
         """A value after the bodies on it.
 

@@ -123,7 +123,7 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         splices=(*graph.splices, record),
         overrides={**graph._overrides, **_frozen(draft, record)},
     )
-    refuse_unread(spliced, [body_name(host, name) for host in hosts], source)
+    refuse_unread(spliced, draft.kept(), [body_name(host, name) for host in hosts], source)
     return spliced
 
 
