@@ -205,6 +205,43 @@ def test_arguments_that_cannot_be_made_again():
         ag.Graph.from_json(graph.to_json()).compile(model)
 
 
+def test_what_a_cache_keeps_from_being_reached_is_reached_in_a_trace_without_it(traced):
+    case, base, graph = traced("llama")
+    at = "model.layers.0.self_attn/transpose_1"
+    with pytest.raises(
+        ag.BadSplice, match="it asks whether 'past_key_values' is None, which is a DynamicCache"
+    ) as caught:
+        graph.splice(at, METHOD).compile()
+    assert str(caught.value).splitlines()[-2:] == [
+        "  to fix      trace without it: for many models, ag.trace(model, …, use_cache=False) leaves out a cache;",
+        "              or splice at a module near it: 'model.layers.0.self_attn'",
+    ]
+    args, kwargs = case.args()
+    model = ag.trace(base, *args, **kwargs, use_cache=False).splice(at, METHOD).compile()
+    body = randomise(model).get_submodule("model.layers.0.self_attn.adapter_transpose_1")
+
+    def on_keys(module, args, output):
+        keys = output.unflatten(-1, (-1, body.down.in_features))
+        return (keys + body.up(torch.relu(body.down(keys)))).flatten(-2)
+
+    # a mask that masks something is a tensor in the trace and in the call
+    padded = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"]), "use_cache": False}
+    padded["attention_mask"][0, :2] = 0
+    with base.get_submodule("model.layers.0.self_attn.k_proj").register_forward_hook(on_keys), torch.no_grad():
+        expected = logits(base(*args, **padded))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model(*args, **padded)), expected)
+
+    class Takes(Slices):
+        def forward(self, x, keep):
+            return self.last((self.fc(x) * 2 if keep is not None else x) + 1) + 1
+
+    graph = ag.trace(Takes(), torch.ones(2, 4), object()).splice("/mul", METHOD)
+    with pytest.raises(ag.BadSplice, match="which is a object that cannot be made again") as caught:
+        graph.compile()
+    assert "trace without it" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n in ("bert", "llama", "gpt2", "t5", "vit")])
 def test_a_refused_splice_changes_nothing(traced, name):
     graph = traced(name).graph

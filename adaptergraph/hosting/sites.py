@@ -168,11 +168,11 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
                 raise Unlowered("a library replaced it")
             programs[path] = lowered(module, names, *given[path])
         except Unlowered as error:
-            raise _unreached(graph, path, names, str(error)) from None
+            raise _unreached(graph, path, names, str(error), error.remedy) from None
     return programs
 
 
-def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str) -> BadSplice:
+def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str, remedy: str = "") -> BadSplice:
     assert graph.imported is not None
     operation = f"{path}/{next(iter(names))}"
     around = [n for n in graph.consumers.get(operation, ()) if "/" not in n and graph._nodes[n].body is None]
@@ -182,7 +182,9 @@ def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str) -> B
         node=operation,
         sides=[("forward of", path or graph.imported.cls, why)],
         source=here(),
-        hint="splice at a module" + (f" near it: {', '.join(places)}" if places else ""),
+        hint=(f"{remedy};\nor " if remedy else "")
+        + "splice at a module"
+        + (f" near it: {', '.join(places)}" if places else ""),
     )
 
 
