@@ -37,6 +37,7 @@ from .hosted import (
     plan_of,
     refuse_graph_module,
     refuse_host,
+    replaced_forward,
 )
 from .lowering import lowered
 from .program import PLAN, Program, Unlowered
@@ -164,8 +165,9 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
     for path, names in operations.items():
         module = model.get_submodule(path)
         try:
-            if "forward" in module.__dict__:
-                raise Unlowered("a library replaced it")
+            if replaced_forward(module) is not None:
+                remedy = "take off what a library put there (a hook of accelerate, say), compile, and put it on again"
+                raise Unlowered("it was replaced on the module itself", remedy)
             programs[path] = lowered(module, names, *given[path])
         except Unlowered as error:
             raise _unreached(graph, path, names, str(error), error.remedy) from None
