@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -1234,6 +1236,16 @@ def test_both_sides_are_aligned():
         "    host   fc           batch × 8",
         "    body   adapter.up   batch × 512   (hidden_size=512)",
     ]
+
+
+@pytest.mark.parametrize(("arguments", "file"), [([], "<stdin>"), (["-c"], "<string>")])
+def test_code_without_a_file_is_named_by_its_line(arguments, file):
+    code = "import adaptergraph as ag\nx = ag.input('x', shape=('batch', 8))\nag.Graph(x)['fc']\n"
+    given = {"input": code} if not arguments else {}
+    command = [sys.executable, *arguments, *([code] if arguments else [])]
+    done = subprocess.run(command, capture_output=True, text=True, **given)
+    # newer versions of Python keep the text of such code too
+    assert re.search(rf"^  written at  {file}:3(    ag\.Graph\(x\)\['fc'\])?$", done.stderr, re.MULTILINE)
 
 
 def test_reasons_are_told_in_the_words_of_the_graph():
