@@ -277,7 +277,8 @@ class _Splicing:
             scope = scopes[min(index, len(scopes) - 1)]
             pairs = [(a, draft.seen(v, scope, scope)) for a, v in graph.imported.call(scope).inputs]
         else:
-            members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
+            calls = draft.scopes.of_host(host)
+            members = graph.containers[host][1] if host in graph.containers else (calls[min(index, len(calls) - 1)],)
             reads = dict.fromkeys(self.outer(host, v) for name in members for v in draft.nodes[name].inputs)
             inner = {v for v in reads if v in members or self.is_inner(host, v)}
             outer = [v for v in reads if v not in inner and draft.nodes[v].op not in ("param", "constant")]
