@@ -32,7 +32,7 @@ OWN = (
             "lower",
         )
     ),
-    *(PACKAGE / "splicing" / f"{n}.py" for n in ("surgery", "unsplice", "hosts")),
+    *(PACKAGE / "splicing" / f"{n}.py" for n in ("surgery", "site", "unsplice", "hosts")),
     # the families of layers and the combining methods have tests of their own
     *(PACKAGE / "layers" / f"{n}.py" for n in ("calls", "making", "table", "initializers", "functions")),
     *(PACKAGE / "methods" / f"{n}.py" for n in ("base", "bottleneck")),
