@@ -15,7 +15,7 @@ from .plan import plan_table
 from .saving.branches import load_branch
 from .saving.storage import adapter_state, apply, load, save
 from .select import Selection, span
-from .splicing.surgery import Site
+from .splicing.site import Site
 from .tasks import set_task, task
 from .tracing.trace import trace
 

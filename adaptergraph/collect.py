@@ -385,10 +385,16 @@ def sizes_of_optional(graph: Graph, name: str, node: Node) -> list[tuple[str, in
     return sizes
 
 
-def alive(graph: Graph) -> frozenset[str]:
-    """The values of which something comes: an output, or what an imported model keeps beside its outputs."""
+def alive(graph: Graph, kept: Iterable[str] | None = None) -> frozenset[str]:
+    """The values of which something comes: an output, or what an imported model keeps beside its outputs.
+
+    Args:
+        kept: what is kept, after the bodies on its way; before any body if it is not given.
+    """
+    if kept is None:
+        kept = [value for value, _ in graph.imported.kept] if graph.imported is not None else ()
     found: set[str] = set()
-    stack = [*graph.output_names(), *(graph.imported.kept if graph.imported is not None else ())]
+    stack = [*graph.output_names(), *kept]
     while stack:
         name = stack.pop()
         if name in found:

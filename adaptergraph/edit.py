@@ -14,7 +14,7 @@ from .names import check_input_name, check_name
 from .node import Node, format_shape
 from .select import Selection, Selector, entries_of, match
 from .splicing.draft import in_order, map_outputs
-from .splicing.surgery import is_foreign, made
+from .splicing.site import is_foreign, made
 
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:

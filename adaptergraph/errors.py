@@ -37,11 +37,11 @@ def here() -> Source | None:
     """The nearest calling line outside this package."""
     frame = sys._getframe(1)
     while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in (_PACKAGE, "contextlib", "pydantic", "torch") and not frame.f_code.co_filename.startswith(
-            "<"
-        ):
-            return Source(frame.f_code.co_filename, frame.f_lineno)
+        package, file = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_filename
+        # code without a file is made by some library, unless somebody types it
+        typed = package == "__main__" or not file.startswith("<")
+        if package not in (_PACKAGE, "contextlib", "pydantic", "torch") and typed:
+            return Source(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

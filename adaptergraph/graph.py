@@ -160,10 +160,14 @@ class Graph(Verbs):
         names = dict.fromkeys(self._nodes)
         if self.imported is not None:
             names.update(dict.fromkeys(p for p in self.imported.modules if p))
+            several = {path for path, module in self.imported.modules.items() if len(module.calls) > 1}
+            firsts = (n for n in self.imported.scopes if "@" not in n and path_of(n) in several)
+            names.update((name.replace("/", "@0/"), None) for name in firsts)
             for path, module in self.imported.modules.items():
-                if path:
-                    names.update(dict.fromkeys(f"{path}@{i}" for i in range(1, len(module.calls))))
-                    names.update(dict.fromkeys(f"{path}:{label}" for c in module.calls for label, _, _ in c.parts))
+                for i, call in enumerate(module.calls if path else ()):
+                    places = [path, f"{path}@{i}"] if path in several else [path]
+                    names.update(dict.fromkeys(places))
+                    names.update((f"{place}:{label}", None) for place in places for label, _, _ in call.parts)
         else:
             names.update(dict.fromkeys(self.containers))
         return tuple(names)

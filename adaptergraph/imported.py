@@ -75,7 +75,7 @@ class Imported:
         scopes: for each node the call whose forward runs it, as `path` or `path@1`.
         asides: which values came to their readers past the entry or exit of a module.
         kept: values that somebody may read beside the model's outputs: held on an attribute or in an object when the
-            forward had returned, or looked at as numbers.
+            forward had returned, or looked at as numbers; and for each the call whose tensor that is.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
         given: the arguments of the traced call themselves; None for a graph from a file.
@@ -89,7 +89,7 @@ class Imported:
     readers: Mapping[str, str] = field(default_factory=dict)
     scopes: Mapping[str, str] = field(default_factory=dict)
     asides: tuple[Aside, ...] = ()
-    kept: tuple[str, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
     example: Any = None
     given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)

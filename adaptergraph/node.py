@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -115,6 +115,17 @@ class Node:
 
     def __rmul__(self, other: Node | float) -> Node:
         return _calculated("multiply", other, self)
+
+
+def reading(node: Node, inputs: Sequence[Node]) -> Node:
+    """The same node for other values, which may have other shapes than those it reads.
+
+    Raises:
+        ShapeMismatch: it does not take these values, or would need other parameters for them.
+    """
+    from .layers.making import reading
+
+    return reading(node, inputs)
 
 
 def _calculated(op: str, left: Node | float, right: Node | float) -> Node:

@@ -13,7 +13,7 @@ from .graph import Graph
 from .names import check_name
 from .node import Node
 from .splicing.draft import map_outputs
-from .splicing.surgery import is_foreign, made
+from .splicing.site import is_foreign, made
 
 
 def map_nodes(graph: Graph, fn: Callable[[Node], Node]) -> Graph:

@@ -285,11 +285,10 @@ def hits(graph: Graph, entry: Any) -> list[str]:
         return [entry]
     known: Sequence[str] = graph.selectable
     if graph.imported is not None:
-        if "/" not in entry:
-            known = [n for n in known if "/" not in n]
-        if "@" not in entry and ":" not in entry:
-            known = [n for n in known if "@" not in n and ":" not in n]
-    return match(entry, known)
+        # an operation, a call or an output is meant only where the pattern says so
+        for mark in (m for m in "/@:" if m not in entry):
+            known = [n for n in known if mark not in n]
+    return match(entry, known, near=graph.selectable)
 
 
 def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
@@ -306,8 +305,11 @@ def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
         ) from error
 
 
-def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
+def match(text: str, names: Sequence[str], what: str = "node", near: Sequence[str] = ()) -> list[str]:
     """The names that a selector matches.
+
+    Args:
+        near: the names that may be meant where none matches; the same if it is empty.
 
     Raises:
         UnknownNode: it matches nothing, or one of its alternatives does; the nearest names are in the message.
@@ -318,7 +320,7 @@ def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
         return [text]
     found = [m for m in map(pattern(text).fullmatch, names) if m]
     if not found:
-        raise no_match(text, names, what)
+        raise no_match(text, near or names, what)
     _refuse_idle(text, found, names, what)
     return [m[0] for m in found]
 
@@ -337,7 +339,7 @@ def _refuse_idle(text: str, found: list[re.Match[str]], names: Sequence[str], wh
         ]
         if idle:
             known = sorted(used)
-            close = nearest(idle[0], {s for name in names for s in re.split(r"[./]", name)} - used)
+            close = nearest(idle[0], {s for name in names for s in re.split(r"[./@:]", name)} - used - {idle[0]})
             shown = ", ".join(idle[:5]) + (" …" if len(idle) > 5 else "")
             raise UnknownNode(
                 f"{text!r} selects no {what} for {shown}",
@@ -351,13 +353,12 @@ def _refuse_idle(text: str, found: list[re.Match[str]], names: Sequence[str], wh
 
 def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode:
     """The error for a selector without a match, with the selector that was probably meant."""
+    found = _beside(text, names) or list(filter(None, [_mended(text, names)]))
+    found = found or nearest(text.replace("*", ""), names, 3)
     sides = []
-    better = _mended(text, names)
-    if better:
+    for better in found:
         count = sum(1 for n in names if pattern(better).fullmatch(n))
         sides.append(("nearest", f"{better!r} selects {count}" if is_pattern(better) else repr(better)))
-    else:
-        sides += [("nearest", repr(name)) for name in nearest(text.replace("*", ""), names, 3)]
     verb = f"selects no {what}" if is_pattern(text) else f"is no {what} of this graph"
     return UnknownNode(
         f"{text!r} {verb}",
@@ -389,6 +390,28 @@ def unknown(graph: Graph, name: str) -> UnknownNode:
     )
 
 
+def _beside(text: str, names: Sequence[str]) -> list[str]:
+    """What there is where a selector asks for an operation, a call or an output that is not there.
+
+    These follow the marks `/`, `@` and `:` in a name; an output may have further colons of its own.
+    """
+    for mark, tail in (("/", r"([^/@:]+)"), (":", r"([^/@]+)"), ("@", r"(\d+)")):
+        head, cut, asked = text.partition(mark)
+        if not cut:
+            continue
+        whole = re.compile(f"(?:{pattern(head).pattern}){re.escape(mark)}(?P<tail>{tail})")
+        tails = list(dict.fromkeys(m["tail"] for m in map(whole.fullmatch, names) if m))
+        close = nearest(asked, tails)
+        if mark == "/" and not close and any(map(pattern(f"**/{asked}").fullmatch, names)):
+            return [f"**/{asked}"]
+        if tails:
+            return [f"{head}{mark}{tail}" for tail in close or tails[:6]]
+        # there are none: what was meant is the host itself
+        if any(map(pattern(head).fullmatch, names)):
+            return [head]
+    return []
+
+
 def _mended(text: str, names: Sequence[str]) -> str | None:
     """The selector with its unknown words replaced by the nearest known ones, if that selects something."""
     vocabulary = {segment for name in names for segment in re.split(r"[./]", name)}
@@ -408,7 +431,8 @@ def _mended(text: str, names: Sequence[str]) -> str | None:
         return mended
     # every word is known, only not in this place: allow any path between the words
     head, dot, last = text.rpartition(".")
-    for loose in (f"{head}/{last}" if dot else f"/{text}", f"**.{text}"):
+    operations = [f"{head}/{last}"] if dot else [f"/{text}", f"**/{text}"]
+    for loose in (*operations, f"**{text}" if text.startswith("/") else f"**.{text}"):
         if not text.startswith("**") and any(map(pattern(loose).fullmatch, names)):
             return loose
     return None

@@ -215,7 +215,8 @@ IMPORTED = [
         "asides: 'none' is no node of the",
     ),
     (lambda d: d["imported"]["asides"].append(["fc", "exit", None, "none", False]), "of the model, nor a call"),
-    (lambda d: d["imported"]["kept"].append("none"), "kept: 'none' is no node of the model"),
+    (lambda d: d["imported"]["kept"].append(("none", "")), "kept: 'none' is no node of the model"),
+    (lambda d: d["imported"]["kept"].append((d["nodes"][0]["name"], "none")), "kept: 'none' is no call"),
     # parameters
     (
         lambda d: d["imported"]["params"].update({"no.w": {"shape": [1], "dtype": "int8"}}),

@@ -380,6 +380,48 @@ def test_hooked_models_are_copied_with_their_hooks():
     assert torch.equal(model(x), base[3]((h + down) * 2))
 
 
+class Middle(nn.Module):
+    """An operation that only a lowered forward reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.up(x) * 2
+        return self.down(h + x) + h
+
+
+def test_inside_a_forward_that_accelerate_replaced_a_body_is_refused_with_the_way_out():
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_submodules
+
+    base, x = nn.Sequential(Middle(), Middle()), torch.randn(3, 6)
+    for block in base:
+        add_hook_to_module(block, Doubling())
+    graph = ag.trace(base, x).splice("*/mul", METHOD)
+    with pytest.raises(ag.BadSplice, match="it was replaced on the module itself") as caught:
+        graph.compile()
+    assert "take off what a library put there (a hook of accelerate, say), compile, and put it on again" in str(
+        caught.value
+    )
+    assert "or splice at a module near it: '" in str(caught.value)
+    remove_hook_from_submodules(base)
+    model = byhand.randomise(graph.compile())
+
+    def by_hand(times):
+        h = x
+        for block in model:
+            body, mul = block.adapter_mul, block.up(h) * 2
+            mul = mul + body.up(torch.relu(body.down(mul)))
+            h = (block.down(mul + h) + mul) * times
+        return h
+
+    torch.testing.assert_close(model(x), by_hand(1))
+    for block in model:
+        add_hook_to_module(block, Doubling())
+    torch.testing.assert_close(model(x), by_hand(2))
+
+
 # ---------------------------------------------------------------------- torch.compile and friends
 
 

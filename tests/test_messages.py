@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +32,7 @@ OWN = (
             "lower",
         )
     ),
-    *(PACKAGE / "splicing" / f"{n}.py" for n in ("surgery", "unsplice", "hosts")),
+    *(PACKAGE / "splicing" / f"{n}.py" for n in ("surgery", "site", "unsplice", "hosts")),
     # the families of layers and the combining methods have tests of their own
     *(PACKAGE / "layers" / f"{n}.py" for n in ("calls", "making", "table", "initializers", "functions")),
     *(PACKAGE / "methods" / f"{n}.py" for n in ("base", "bottleneck")),
@@ -52,6 +54,11 @@ def adapted():
 
 def ids(name="ids"):
     return x("batch", "seq", name=name, dtype=torch.int64)
+
+
+def two_ranks():
+    a = ag.dense(x(), 8, name="a")
+    return ag.Graph([a, ag.dense(x("batch", 3, 8, name="y"), 8, share=a)])
 
 
 def wide():
@@ -740,6 +747,12 @@ SPLICES = [
         "end the body with the shape of its host: batch × 8",
     ),
     (
+        lambda: two_ranks().splice("a", lambda s: ag.reshape(s.output, ("batch", 8))),
+        S,
+        "body 'a.adapter' does not fit each call of its host",
+        "splice at one call, or at each a body of its own: 'a@0', 'a@1'",
+    ),
+    (
         lambda: chain().splice("a", ag.Bottleneck(2, hidden_size=1)),
         S,
         "body 'adapter' does not fit its host",
@@ -1223,6 +1236,16 @@ def test_both_sides_are_aligned():
         "    host   fc           batch × 8",
         "    body   adapter.up   batch × 512   (hidden_size=512)",
     ]
+
+
+@pytest.mark.parametrize(("arguments", "file"), [([], "<stdin>"), (["-c"], "<string>")])
+def test_code_without_a_file_is_named_by_its_line(arguments, file):
+    code = "import adaptergraph as ag\nx = ag.input('x', shape=('batch', 8))\nag.Graph(x)['fc']\n"
+    given = {"input": code} if not arguments else {}
+    command = [sys.executable, *arguments, *([code] if arguments else [])]
+    done = subprocess.run(command, capture_output=True, text=True, **given)
+    # newer versions of Python keep the text of such code too
+    assert re.search(rf"^  written at  {file}:3(    ag\.Graph\(x\)\['fc'\])?$", done.stderr, re.MULTILINE)
 
 
 def test_reasons_are_told_in_the_words_of_the_graph():

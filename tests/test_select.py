@@ -1,6 +1,8 @@
 """Selectors: what they match, in which order, and what is said when they match nothing."""
 
 import pytest
+import torch
+from torch import nn
 
 import adaptergraph as ag
 from adaptergraph.select import pattern
@@ -161,6 +163,86 @@ def test_nothing_found_says_what_was_probably_meant(selector, message, nearest):
     assert message in str(caught.value).splitlines()[0]
     assert nearest in str(caught.value).splitlines()[1]
     assert caught.value.source.text.strip() == "names(selector)" or caught.value.source.file == __file__
+
+
+class Block(nn.Module):
+    """One module with several outputs, one that is called twice, operations, and a layer with nothing of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.act, self.fc = nn.LSTM(4, 4, batch_first=True), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        out, (hidden, _) = self.lstm(x)
+        return self.act(self.fc(self.act(out + x))) + hidden[0][:, None]
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return ag.trace(nn.Sequential(Block(), Block()), torch.randn(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("selector", "nearest"),
+    [
+        ("*.lstm:2", ["'*.lstm:1:0' selects 2", "'*.lstm:0' selects 2"]),
+        ("*.lstm:1:1", ["'*.lstm:1:0' selects 2"]),
+        ("*.lsmt:1:0", ["'*.lstm:1:0' selects 2"]),
+        ("*.lstm@1:0", ["'*.lstm' selects 2"]),
+        ("*.fc:0", ["'*.fc' selects 2"]),
+        ("*.act@2", ["'*.act@1' selects 2", "'*.act@0' selects 2"]),
+        ("0.act@2", ["'0.act@1'", "'0.act@0'"]),
+        ("*.akt@1", ["'*.act@1' selects 2"]),
+        ("*.fc@1", ["'*.fc' selects 2"]),
+        ("*/ad", ["'*/add' selects 2"]),
+        ("0/ad", ["'0/add'"]),
+        ("1/mul", ["'1/add'", "'1/getitem'", "'1/getitem_1'", "'1/add_1'"]),
+        ("*.add", ["'*/add' selects 2"]),
+        ("add", ["'**/add' selects 2"]),
+        ("*.fc/add", ["'**/add' selects 2"]),
+        ("*.fc/mul", ["'*.fc' selects 2"]),
+    ],
+)
+def test_the_nearest_outputs_calls_and_operations(blocks, selector, nearest):
+    with pytest.raises(ag.UnknownNode) as caught:
+        blocks.select(selector)
+    lines = str(caught.value).splitlines()
+    found = [line.split("nearest")[1].strip() for line in lines if line.startswith("    nearest")]
+    assert sorted(found) == sorted(nearest)
+    for one in found:
+        blocks.select(one.split("'")[1])
+
+
+@pytest.mark.parametrize(
+    ("selector", "found"),
+    [
+        ("*.act@0", ["0.act@0", "1.act@0"]),
+        ("0.act@*", ["0.act@0", "0.act@1"]),
+        ("*.act@{0,1}", ["0.act@0", "0.act@1", "1.act@0", "1.act@1"]),
+        ("*.lstm:*", ["0.lstm:0", "0.lstm:1:0", "1.lstm:0", "1.lstm:1:0"]),
+        ("0.*", ["0.lstm", "0.act", "0.fc"]),
+        ("*/add", ["0/add", "1/add"]),
+    ],
+)
+def test_patterns_of_calls_and_outputs(blocks, selector, found):
+    assert sorted(blocks.select(selector)) == sorted(found)
+
+
+def test_patterns_of_operations_and_outputs_at_one_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(self.block(x))
+
+    graph = ag.trace(Twice(), torch.randn(2, 3, 4))
+    assert list(graph.select("*@0/add")) == ["block@0/add"]
+    assert list(graph.select("*@1/add")) == ["block@1/add"]
+    assert list(graph.select("*/add")) == ["block/add"]
+    assert list(graph.select("block.lstm@{0,1}:0")) == ["block.lstm@0:0", "block.lstm@1:0"]
+    assert list(graph.select("block.lstm:*")) == ["block.lstm:0", "block.lstm:1:0"]
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,43 @@ def test_arguments_that_cannot_be_made_again():
         ag.Graph.from_json(graph.to_json()).compile(model)
 
 
+def test_what_a_cache_keeps_from_being_reached_is_reached_in_a_trace_without_it(traced):
+    case, base, graph = traced("llama")
+    at = "model.layers.0.self_attn/transpose_1"
+    with pytest.raises(
+        ag.BadSplice, match="it asks whether 'past_key_values' is None, which is a DynamicCache"
+    ) as caught:
+        graph.splice(at, METHOD).compile()
+    assert str(caught.value).splitlines()[-2:] == [
+        "  to fix      trace without it: for many models, ag.trace(model, …, use_cache=False) leaves out a cache;",
+        "              or splice at a module near it: 'model.layers.0.self_attn'",
+    ]
+    args, kwargs = case.args()
+    model = ag.trace(base, *args, **kwargs, use_cache=False).splice(at, METHOD).compile()
+    body = randomise(model).get_submodule("model.layers.0.self_attn.adapter_transpose_1")
+
+    def on_keys(module, args, output):
+        keys = output.unflatten(-1, (-1, body.down.in_features))
+        return (keys + body.up(torch.relu(body.down(keys)))).flatten(-2)
+
+    # a mask that masks something is a tensor in the trace and in the call
+    padded = {**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"]), "use_cache": False}
+    padded["attention_mask"][0, :2] = 0
+    with base.get_submodule("model.layers.0.self_attn.k_proj").register_forward_hook(on_keys), torch.no_grad():
+        expected = logits(base(*args, **padded))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model(*args, **padded)), expected)
+
+    class Takes(Slices):
+        def forward(self, x, keep):
+            return self.last((self.fc(x) * 2 if keep is not None else x) + 1) + 1
+
+    graph = ag.trace(Takes(), torch.ones(2, 4), object()).splice("/mul", METHOD)
+    with pytest.raises(ag.BadSplice, match="which is a object that cannot be made again") as caught:
+        graph.compile()
+    assert "trace without it" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n in ("bert", "llama", "gpt2", "t5", "vit")])
 def test_a_refused_splice_changes_nothing(traced, name):
     graph = traced(name).graph
@@ -451,23 +488,48 @@ def test_the_first_call_of_the_host_itself_is_refused_where_it_is_each_calls_own
     assert graph.splice("once", tapping("once@0")).bodies
 
 
+class States(nn.Module):
+    """The second output of `lstm` is read only after `head`, which reads the first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head, self.last = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        out, (hidden, _) = self.lstm(x)
+        return self.head(out), self.last(hidden)
+
+
 def test_before_what_reads_one_of_several_outputs_the_others_stay_what_they_are():
-    class States(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
-
-        def forward(self, x):
-            out, (hidden, _) = self.lstm(x)
-            return self.head(out), hidden
-
     base, x = States(), torch.randn(2, 3, 4)
     graph = ag.trace(base, x).splice("head", METHOD, where="before")
     assert graph["lstm:1:0"].inputs == ("lstm",)
     assert ag.Graph.from_json(graph.to_json()) == graph
     model = randomise(graph.compile())
     out, (hidden, _) = base.lstm(x)
-    torch.testing.assert_close(model(x), (base.head(serial(model.head.adapter, out)), hidden))
+    torch.testing.assert_close(model(x), (base.head(serial(model.head.adapter, out)), base.last(hidden)))
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_one_of_several_outputs_is_there_as_soon_as_its_module_ran(where):
+    base, x = States(), torch.randn(1, 3, 4)
+
+    def tap(site):
+        state = ag.nx(site.graph["lstm:1:0"], lambda t: t[0, 0])
+        return site.output + ag.dense(state, 4, name="tapped")
+
+    model = randomise(ag.trace(base, x).splice("head", tap, where=where).compile())
+    out, (hidden, _) = base.lstm(x)
+    more = model.head.adapter.tapped(hidden[0, 0])
+    expected = base.head(out + more) if where == "before" else base.head(out) + more
+    torch.testing.assert_close(model(x), (expected, base.last(hidden)))
+
+
+def test_a_body_at_one_of_several_outputs_runs_before_what_comes_after_its_module():
+    graph = ag.trace(States(), torch.randn(1, 3, 4))
+    with pytest.raises(ag.BadSplice, match="reads 'head', which runs later in the model's own forward"):
+        graph.splice("lstm:1:0", lambda site: site.output + ag.nx(site.graph["head"], torch.sum))
 
 
 def test_a_body_around_a_module_that_is_called_on_what_it_gave_comes_back_from_a_file():

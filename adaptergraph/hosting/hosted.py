@@ -73,11 +73,24 @@ def host(module: nn.Module, mixin: type = object) -> Plan:
         # python refuses the class of some modules; nothing is changed then
         module.__class__ = hosted_class(type(module), mixin)
         plan = module.__dict__[PLAN] = Plan()
-        if "forward" in module.__dict__:
-            module.__dict__[INNER] = module.__dict__.pop("forward")
+        own = replaced_forward(module)
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.__dict__[INNER] = own
     elif mixin is not object:
         module.__class__ = hosted_class(_ORIGINAL[type(module)], mixin)
     return plan
+
+
+def replaced_forward(module: nn.Module) -> Any:
+    """The forward that a library put on an instance in place of its class's; None where it is the class's own.
+
+    A library that takes its own off may leave the class's on the instance.
+    """
+    own = module.__dict__.get("forward")
+    cls: Any = _ORIGINAL.get(type(module), type(module))
+    plain = getattr(own, "__func__", None) is cls.forward and getattr(own, "__self__", None) is module
+    return None if plain else own
 
 
 def unhost(module: nn.Module) -> None:

@@ -44,7 +44,10 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     more = values.pop(rest) if rest else {}
     for name, value in values.items():
         if isinstance(value, Other) and name in source.asked:
-            raise Unlowered(f"it asks whether {name!r} is None, which is a {value.kind} that cannot be made again")
+            why = f"it asks whether {name!r} is None, which is a {value.kind} that cannot be made again"
+            optional = signature.parameters[name].default is None
+            remedy = "for many models, ag.trace(model, …, use_cache=False) leaves out a cache"
+            raise Unlowered(why, f"trace without it: {remedy}" if optional else "")
     values = {n: None if isinstance(v, Other) else v for n, v in values.items()}
     more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}

@@ -23,7 +23,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 class Unlowered(Exception):
-    """Why a forward cannot be lowered."""
+    """Why a forward cannot be lowered, and what would make it possible."""
+
+    def __init__(self, why: str, remedy: str = "") -> None:
+        super().__init__(why)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)

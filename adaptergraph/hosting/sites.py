@@ -38,6 +38,7 @@ from .hosted import (
     plan_of,
     refuse_graph_module,
     refuse_host,
+    replaced_forward,
 )
 from .lowering import lowered
 from .program import PLAN, Program, Unlowered
@@ -177,15 +178,16 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
     for path, names in operations.items():
         module = model.get_submodule(path)
         try:
-            if "forward" in module.__dict__:
-                raise Unlowered("a library replaced it")
+            if replaced_forward(module) is not None:
+                remedy = "take off what a library put there (a hook of accelerate, say), compile, and put it on again"
+                raise Unlowered("it was replaced on the module itself", remedy)
             programs[path] = lowered(module, names, *given[path])
         except Unlowered as error:
-            raise _unreached(graph, path, names, str(error)) from None
+            raise _unreached(graph, path, names, str(error), error.remedy) from None
     return programs
 
 
-def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str) -> BadSplice:
+def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str, remedy: str = "") -> BadSplice:
     assert graph.imported is not None
     operation = f"{path}/{next(iter(names))}"
     around = [n for n in graph.consumers.get(operation, ()) if "/" not in n and graph._nodes[n].body is None]
@@ -195,7 +197,9 @@ def _unreached(graph: Graph, path: str, names: Mapping[str, int], why: str) -> B
         node=operation,
         sides=[("forward of", path or graph.imported.cls, why)],
         source=here(),
-        hint="splice at a module" + (f" near it: {', '.join(places)}" if places else ""),
+        hint=(f"{remedy};\nor " if remedy else "")
+        + "splice at a module"
+        + (f" near it: {', '.join(places)}" if places else ""),
     )
 
 

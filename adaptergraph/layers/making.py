@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -54,6 +55,22 @@ def make(
             options = {**options, key: check_initializer(init, own.shape, f"the {key.removesuffix('_init')} of {op}")}
     node = Node(op, tuple(inputs), name, shape, dtype, options, spec.params, source=source, space=current_space())
     return node if share is None else shared(node, share)
+
+
+def reading(node: Node, inputs: Sequence[Node]) -> Node:
+    """The same node for values of other shapes: its op, options and parameters stay, what it gives is found again.
+
+    Raises:
+        ShapeMismatch: it does not take these values, or would need other parameters for them.
+    """
+    owner = inputs[0] if node.op == "item" else node
+    reads = owner.inputs if node.op == "item" else inputs
+    spec = infer(owner.op, runnable(owner.op, owner.options), reads, owner.options, node.source, node.name)
+    value = spec.parts[node.options["index"]] if node.op == "item" else spec.value
+    if node.op != "item" and spec.params != node.params:
+        raise ShapeMismatch(f"{node.op} {node.name!r} needs other parameters for what it reads", source=node.source)
+    shape, dtype = (None, None) if value is None else (value.shape, value.dtype)
+    return replace(node, inputs=tuple(inputs), shape=shape, dtype=dtype)
 
 
 def activated(activation: Any, x: Node, name: str | None, **options: Any) -> Node:

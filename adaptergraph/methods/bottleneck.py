@@ -14,7 +14,7 @@ from ..features import size_of
 from ..layers.making import check_rate
 from ..layers.table import check_activation
 from ..node import Node
-from ..splicing.surgery import Site
+from ..splicing.site import Site
 from .base import method
 
 PositiveInt = Annotated[int, Field(gt=0)]

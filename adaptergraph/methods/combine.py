@@ -20,7 +20,8 @@ from ..layers.calls import check_rate
 from ..layers.initializers import INITIALIZERS
 from ..names import check_name
 from ..node import Node, format_shape
-from ..splicing.surgery import Site, made, method_of
+from ..splicing.site import Site, made
+from ..splicing.surgery import method_of
 from .base import method
 
 

@@ -209,9 +209,11 @@ class _Tables:
 
     def check_asides(self) -> None:
         """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call."""
-        for kept in self.imported.kept:
+        for kept, scope in self.imported.kept:
             if kept not in self.nodes or self.nodes[kept].body is not None:
                 raise wrong(f"kept: {kept!r} is no node of the model", kept)
+            if scope and scope not in self.calls:
+                raise wrong(f"kept: {scope!r} is no call", scope)
         for aside in self.imported.asides:
             if aside.scope not in self.calls:
                 raise wrong(f"asides: {aside.scope!r} is no call", aside.scope)

@@ -118,7 +118,7 @@ class ImportedText(Strict):
     readers: dict[Name, Name] = {}
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
-    kept: list[Name] = []
+    kept: list[tuple[Name, Name]] = []
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -337,10 +337,11 @@ def graph_from_json(text: str) -> Graph:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
         if hosted:
             node = _host_node(item)
-        elif imported is not None and (first := items.get(path_of(item.name))) is not None:
-            node = _further(item, first, table[first.name])
         else:
             node = _own_node(item, seen)
+            first = items.get(path_of(item.name)) if imported is not None else None
+            if first is not None:
+                _check_further(item, first)
         table[item.name], items[item.name] = node, item
         seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
     for b in data.bodies:
@@ -395,12 +396,11 @@ def _host_node(item: NodeText) -> Node:
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
 
 
-def _further(item: NodeText, first: NodeText, node: Node) -> Node:
-    """A node of a body at a further call of its host in a model: the same as at the first, whatever it reads."""
-    same = [(i.op, i.shape, i.dtype, i.options, i.params, i.body) for i in (item, first)]
+def _check_further(item: NodeText, first: NodeText) -> None:
+    """A node of a body at a further call of its host in a model is the same as at the first, whatever it reads."""
+    same = [(i.op, i.options, i.params, i.body) for i in (item, first)]
     if same[0] != same[1]:
         raise wrong(f"{item.name!r} is not what {first.name!r} is at the first call", item.name)
-    return replace(node, name=item.name, inputs=tuple(item.inputs))
 
 
 def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:

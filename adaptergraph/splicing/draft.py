@@ -24,7 +24,10 @@ class Draft:
         self.bodies = dict(graph.bodies)
         self.outputs = graph.outputs
         self.after: dict[str, list[str]] = {}
-        self.rank = {name: i for i, name in enumerate(graph._nodes)}
+        self.rank: dict[str, int] = {}
+        for i, (name, node) in enumerate(graph._nodes.items()):
+            # one of several values is there when the others are, and stands in the table where it is first read
+            self.rank[name] = self.rank[node.inputs[0]] if node.op == "output" else i
         self.anchor = {name: name for name in graph._nodes}
         self.replacing: dict[str, list[str]] = {}
         for body in graph.bodies.values():
@@ -50,6 +53,11 @@ class Draft:
         """What a value becomes for those who look from inside a call, where it is given to another call or the same."""
         replaces, is_passed_by = self.scopes.replaces_at, self.scopes.is_passed_by
         return self._after(value, lambda b, i: replaces(b, i, view) and not is_passed_by(b, i, value, reader))
+
+    def kept(self) -> list[str]:
+        """What an imported model keeps beside its outputs, after the bodies on its way."""
+        imported = self.graph.imported
+        return [self.seen(value, scope, scope) for value, scope in imported.kept] if imported is not None else []
 
     def _after(self, value: str, past: Callable[[Body, int], bool]) -> str:
         """A value after the bodies on it.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..bodies import Body
 from ..collect import alive
 from ..errors import BadSplice, Source
 from ..graph import Graph
-from ..imported import Imported
 from ..names import path_of
 from ..select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
 
@@ -219,29 +219,22 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
     )
 
 
-def refuse_unread(graph: Graph, bodies: list[str], source: Source | None) -> None:
+def refuse_unread(graph: Graph, kept: Iterable[str], bodies: list[str], source: Source | None) -> None:
     """Refuses new bodies of an imported graph of which nothing comes, at no call of their host.
 
-    Where the model keeps the value beside its outputs, or reads it past the host, a body is let be.
+    Args:
+        kept: what the model keeps beside its outputs, after the bodies.
 
     Raises:
         BadSplice: and names the host, and an output of it that is read, or a module before it.
     """
     if graph.imported is None:
         return
-    read = alive(graph)
+    read = alive(graph, kept)
     for name in bodies:
         body = graph.bodies[name]
-        if any(written in read for _, written in body.calls) or _may_be_read(graph, graph.imported, body):
-            continue
-        raise _unread(graph, body, read, source)
-
-
-def _may_be_read(graph: Graph, imported: Imported, body: Body) -> bool:
-    """Whether somebody may read the value of a host without that the edges say so."""
-    values = {value for call in body.calls for value in call}.union(graph.calls_of(body.host))
-    past = (a for a in imported.asides if path_of(a.scope) == path_of(body.host))
-    return not values.isdisjoint(imported.kept) or any(a.value is None or a.value in values for a in past)
+        if not any(written in read for _, written in body.calls):
+            raise _unread(graph, body, read, source)
 
 
 def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | None) -> BadSplice:
@@ -250,6 +243,10 @@ def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | Non
     sides: list[tuple[str, ...]] = [("read by", r, "of which nothing comes") for r in graph.consumers[written][:6]]
     others = _read_parts(graph, host, read) if body.where != "before" else []
     sides += [("is read", other, f"by {reader!r}" if reader else "returned by the model") for other, reader in others]
+    if graph.imported is not None and body.where != "before":
+        values = {value for value, _ in body.calls}
+        past = [a for a in graph.imported.asides if path_of(a.scope) == path_of(host) and a.value in values]
+        sides += [("past it", repr(a.value), f"is read by {a.reader!r}" if a.reader else "is returned") for a in past]
     hint = _nearest_before(graph, host, read)
     if others:
         other, reader = others[0]

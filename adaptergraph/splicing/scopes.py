@@ -1,7 +1,7 @@
 """Which calls a host stands for, and what runs inside which call. Floor 1.
 
-A call of an imported module is written `path` or `path@1`; `""` is the model's own. In a declared graph nothing is
-called: there the name of a node or group takes the place of the call.
+A call of an imported module is written `path` or `path@1`; `""` is the model's own. In a declared graph the name of a
+node or group takes the place of the call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Scopes:
 
     def _of_host(self, host: str) -> tuple[str, ...]:
         if self.imported is None:
-            return (host,) * len(self.graph.calls_of(host))
+            return (host,) if host in self.graph.containers else self.graph.calls_of(host)
         if "/" in host:
             return tuple(self.imported.scopes[value] for value in self.graph.calls_of(host))
         path, (call, _, label) = path_of(host), host[len(path_of(host)) :].partition(":")
@@ -44,7 +44,9 @@ class Scopes:
 
     def of_body(self, body: Body, index: int) -> str:
         """The call at which the index-th copy of a body runs."""
-        return body.host if self.imported is None else self.of_host(body.host)[index]
+        scopes = self.of_host(body.host)
+        # one body that a user wrote over several nodes is at the first of them
+        return scopes[min(index, len(scopes) - 1)]
 
     def of_body_node(self, node: Node) -> str:
         """The call at which the body runs that a node belongs to."""
@@ -96,7 +98,8 @@ class Scopes:
 
     def replaces_at(self, body: Body, index: int, view: str) -> bool:
         """Whether the value that a body replaces is replaced for those who look from inside this call."""
-        if "/" in body.host or (self.imported is None and body.where != "before" and body.host in self.graph):
+        declared = self.imported is None and body.host not in self.graph.containers
+        if "/" in body.host or (declared and body.where != "before"):
             return True
         inside = self.within(view, self.of_body(body, index))
         return inside if body.where == "before" else not inside
@@ -108,7 +111,7 @@ class Scopes:
             return where != "before"
         if reader.body is None:
             if self.imported is None and scope in self.graph:
-                return where == "before" and reader.path == scope
+                return where == "before" and reader.name == scope
             return self.within(self.home(reader), scope)
         start = self.starts.get(reader.body)
         if start is not None and where == "before":

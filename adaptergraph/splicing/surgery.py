@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,71 +13,13 @@ from ..collect import unnamed
 from ..errors import BadSplice, GraphError, ShapeMismatch, Source, here
 from ..graph import Graph
 from ..names import body_name, check_name, path_of
-from ..node import EMPTY, Node, format_shape
+from ..node import EMPTY, Node, format_shape, reading
 from ..select import Selector, Span, entries_of
 from .draft import Draft, in_order
 from .hosts import hosts_of, refuse_unread, starts_of
+from .site import Readable, Site, handle_of, is_foreign, made, main_input
 
 WHERE = ("after", "around", "before")
-HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place where a method adds its nodes: what `method.apply(site)` is given.
-
-    Attributes:
-        name: the host.
-        output: the value that the body replaces, after the bodies that are already there: the host's output, or with
-            `where="before"` its input.
-        graph: the graph before this splice, for reading earlier nodes. A body that reads `graph[name]` gets that value
-            as it reaches its place, after the bodies on the way, whichever was spliced first. At each call of the host
-            it is the value of the same call, where there is one; `name@0` is the first one's at all of them.
-        inputs: the float tensors the host reads, by name of argument; not with `where="after"`.
-        where: `"after"`, `"around"` or `"before"`.
-    """
-
-    name: str
-    output: Node
-    graph: Graph
-    inputs: Mapping[str, Node]
-    where: str
-    source: Source | None
-
-    @property
-    def input(self) -> Node:
-        """The float tensor the host reads; of several the one that has as many dimensions as its output.
-
-        Raises:
-            BadSplice: it reads none, or several: use `site.inputs[name]`.
-        """
-        return main_input(self.name, self.where, self.inputs, self.output, self.source)[1]
-
-
-def main_input(
-    host: str, where: str, inputs: Mapping[str, Node], output: Node, source: Source | None
-) -> tuple[str, Node]:
-    """The argument and value that a host works on. Raises: BadSplice, it reads none or several."""
-    found = dict(inputs)
-    if len(found) > 1:
-        rank = len(output.shape or ())
-        found = {name: node for name, node in found.items() if len(node.shape or ()) == rank}
-    if len(found) == 1:
-        return next(iter(found.items()))
-    if where == "after":
-        raise BadSplice(
-            f"a body 'after' {host!r} sees its output only",
-            node=host,
-            source=source,
-            hint="graph.splice(…, where='around') gives it the input too",
-        )
-    raise BadSplice(
-        f"the host {host!r} reads {len(inputs)} float tensors, so its input is not one of them",
-        node=host,
-        sides=[(name, node.name or "", format_shape(node.shape)) for name, node in inputs.items()],
-        source=source,
-        hint="say which: site.inputs[name]" if inputs and where == "around" else "splice after an earlier node",
-    )
 
 
 def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None) -> Graph:
@@ -123,7 +65,7 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
         splices=(*graph.splices, record),
         overrides={**graph._overrides, **_frozen(draft, record)},
     )
-    refuse_unread(spliced, [body_name(host, name) for host in hosts], source)
+    refuse_unread(spliced, draft.kept(), [body_name(host, name) for host in hosts], source)
     return spliced
 
 
@@ -174,9 +116,9 @@ class _Splicing:
         self.source = source
         self.calls: list[tuple[str, str]] = []
         self.argument = ""
-        self.given: dict[str, str] = {}
         self.firsts: set[str] = set()
-        self.raw: dict[str, str] = {}
+        # for each value that is read from outside, what it is read as: the host's value, an argument, or by its name
+        self.roles: dict[str, dict[tuple[str, str], None]] = {}
 
     def attach(self, apply: Any) -> None:
         """Adds the nodes of the body, and lets those who read its host's value read its own."""
@@ -190,7 +132,6 @@ class _Splicing:
             if index == 0:
                 new = self.apply(value, scope, inputs, apply)
                 first = {n.name or "": n for n in new}
-                self.given = {a: n.name or "" for a, n in inputs.items()}
                 written = new[-1].name or ""
             else:
                 new, written = self.again(first, value, scope, inputs, index)
@@ -221,9 +162,22 @@ class _Splicing:
             return self.draft.at_host(self.host, scope, output)
         result = self.draft.nodes[output]
         if self.argument:
-            return inputs[self.argument].name or ""
+            return self.argued(self.argument, scope, inputs)
         self.argument, node = main_input(self.host, self.where, inputs, result, self.source)
         return node.name or ""
+
+    def argued(self, argument: str, scope: str, inputs: Mapping[str, Node]) -> str:
+        """The value of an argument at a further call."""
+        if argument not in inputs:
+            raise BadSplice(
+                f"the body {self.body!r} reads the argument {argument!r} of each call of {self.start or self.host!r}, "
+                f"and {scope!r} is not given it",
+                node=self.body,
+                sides=[(scope, name, node.name or "") for name, node in inputs.items()],
+                source=self.source,
+                hint=f"splice at the calls that have it, such as {path_of(self.host) + '@0'!r}",
+            )
+        return inputs[argument].name or ""
 
     def past(self, output: str, scope: str) -> set[str]:
         """Who reads the host's value as it was before the body: it came to them past the host.
@@ -277,23 +231,35 @@ class _Splicing:
             scope = scopes[min(index, len(scopes) - 1)]
             pairs = [(a, draft.seen(v, scope, scope)) for a, v in graph.imported.call(scope).inputs]
         else:
-            members = graph.containers[host][1] if host in graph.containers else (graph.calls_of(host)[index],)
-            reads = dict.fromkeys(v for name in members for v in draft.nodes[name].inputs if v not in members)
-            outer = [v for v in reads if not self.inner(host, v) and draft.nodes[v].op not in ("param", "constant")]
+            calls = draft.scopes.of_host(host)
+            members = graph.containers[host][1] if host in graph.containers else (calls[min(index, len(calls) - 1)],)
+            reads = dict.fromkeys(self.outer(host, v) for name in members for v in draft.nodes[name].inputs)
+            inner = {v for v in reads if v in members or self.is_inner(host, v)}
+            outer = [v for v in reads if v not in inner and draft.nodes[v].op not in ("param", "constant")]
             floats = [v for v in outer if (dtype := draft.nodes[v].dtype) is not None and dtype.is_floating_point]
             pairs = [(f"input_{i}" if i else "input", v) for i, v in enumerate(floats)]
-        return {argument: _handle(draft, value) for argument, value in pairs}
+        return {argument: handle_of(draft, value) for argument, value in pairs}
 
-    def inner(self, group: str, value: str) -> bool:
+    def is_inner(self, group: str, value: str) -> bool:
         """Whether a value comes from inside a group of declared nodes: from a body there."""
         return group in self.draft.graph.containers and self.draft.scopes.is_inside(
             self.draft.nodes[value], group, "after"
         )
 
+    def outer(self, group: str, value: str) -> str:
+        """What a value is before the bodies inside a group of declared nodes."""
+        draft = self.draft
+        while self.is_inner(group, value) and (body := draft.nodes[value].body):
+            before = [read for read, written in draft.bodies[body].calls if written == value]
+            if not before:
+                break
+            value = before[0]
+        return value
+
     def apply(self, value: str, scope: str, inputs: Mapping[str, Node], apply: Any) -> list[Node]:
         """The nodes that the method makes at the first call."""
         draft, host, source = self.draft, self.host, self.source
-        handle, asked = _handle(draft, value), _Readable(draft.graph)
+        handle, asked = handle_of(draft, value), Readable(draft.graph)
         result = apply(Site(host, handle, asked, inputs, self.where, source))
         if not isinstance(result, Node):
             raise BadSplice(
@@ -319,7 +285,8 @@ class _Splicing:
                 source=source,
                 hint="read it by one of its names: with @0 or without",
             )
-        new = self.named(result, lambda name: self.seen(name, scope, near))
+        handles = {id(handle): ("value", ""), **{id(node): ("argument", a) for a, node in inputs.items()}}
+        new = self.named(result, lambda node: self.read(node, handles, scope, near))
         if (result.shape, result.dtype) != (handle.shape, handle.dtype):
             raise ShapeMismatch(
                 f"body {self.body!r} does not fit its host",
@@ -333,13 +300,18 @@ class _Splicing:
             )
         return new
 
-    def seen(self, name: str, scope: str, near: set[str]) -> str:
-        """What a value that a method asked for is after the bodies that are there."""
-        found = name if name in near else self.draft.seen(name, scope, scope)
-        self.raw[found] = name
+    def read(self, node: Node, handles: Mapping[int, tuple[str, str]], scope: str, near: set[str]) -> str:
+        """The name of a value that the body reads; what it reads it as is noted."""
+        raw = self.settled(node)
+        found = self.seen(raw, scope, near)
+        self.roles.setdefault(found, {})[handles.get(id(node), ("name", raw))] = None
         return found
 
-    def named(self, result: Node, seen: Callable[[str], str]) -> list[Node]:
+    def seen(self, name: str, scope: str, near: set[str]) -> str:
+        """What a value that a method asked for is after the bodies that are there."""
+        return name if name in near else self.draft.seen(name, scope, scope)
+
+    def named(self, result: Node, read: Callable[[Node], str]) -> list[Node]:
         """The nodes a method made, named below the body, inputs as names; stops at nodes the graph already has."""
         body, source = self.body, self.source
         order = made(result)
@@ -358,7 +330,7 @@ class _Splicing:
             relative = node.name or unnamed(node.op, counts, taken)
             taken.add(relative)
             names[id(node)] = full = f"{body}.{check_name(relative, node.source)}"
-            inputs = tuple(seen(self.settled(i)) if i.graph else names[id(i)] for i in node.inputs)
+            inputs = tuple(read(i) if i.graph else names[id(i)] for i in node.inputs)
             done.append(replace(node, name=full, inputs=inputs, body=body))
         return done
 
@@ -397,17 +369,54 @@ class _Splicing:
         """The same body for a further call of its host: the same parameters, other values."""
         read, written = self.calls[0]
         names = {name: f"{name}@{index}" for name in first}
-        outside = {i for node in first.values() for i in node.inputs if i not in first}
-        for name in outside:
-            raw = self.raw.get(name, name)
-            names[name] = self.draft.seen(raw if raw in self.firsts else self.twin(raw, index), scope, scope)
-        names |= {name: inputs[a].name or "" for a, name in self.given.items() if a in inputs}
-        names[read] = value
-        copies = [
-            replace(node, name=names[name], inputs=tuple(names.get(i, i) for i in node.inputs))
-            for name, node in first.items()
-        ]
-        return copies, names[written]
+        names |= {name: self.further(name, value, scope, inputs, index) for name in self.roles}
+        was = {name: handle_of(self.draft, name) for name in self.roles}
+        now = {name: handle_of(self.draft, names[name]) for name in self.roles}
+        host = handle_of(self.draft, read), handle_of(self.draft, value)
+        try:
+            copies = _copied(first, was, now, names)
+            if not _alike(copies[written], host[1]):
+                raise ShapeMismatch(f"the body gives {format_shape(copies[written].shape)} there")
+        except ShapeMismatch as error:
+            raise self.unlike(*host, scope, index, error) from error.__cause__
+        nodes = [replace(n, inputs=tuple(i.name or "" for i in n.inputs)) for n in copies.values()]
+        return nodes, names[written]
+
+    def further(self, name: str, value: str, scope: str, inputs: Mapping[str, Node], index: int) -> str:
+        """What the body reads at a further call in place of a value that it reads at the first one."""
+        near = {value, *(node.name or "" for node in inputs.values())}
+        found: dict[str, str] = {}
+        for role, part in self.roles[name]:
+            if role == "name":
+                part = part if part in self.firsts else self.twin(part, index)
+                found[self.seen(part, scope, near)] = "by its name"
+            else:
+                as_argument = role == "argument"
+                now = self.argued(part, scope, inputs) if as_argument else value
+                found[now] = f"as the argument {part!r}" if as_argument else f"as the value of {self.host!r}"
+        if len(found) > 1:
+            raise BadSplice(
+                f"the body {self.body!r} reads {name!r} in two ways, which are two values at the call {scope!r}",
+                node=self.body,
+                sides=[(way, other) for other, way in found.items()],
+                source=self.source,
+                hint="read it in one way, or splice at one call: " + repr(path_of(self.host) + "@0"),
+            )
+        return next(iter(found))
+
+    def unlike(self, was: Node, now: Node, scope: str, index: int, error: ShapeMismatch) -> ShapeMismatch:
+        """The error for a body that fits its host at the first call and not at a further one."""
+        host, path, imported = self.host, path_of(self.host), self.draft.graph.imported is not None
+        scopes = [self.draft.scopes.of_host(host)[0], scope] if imported else ["", f"@{index}"]
+        calls = [f"{path}@{s.partition('@')[2] or 0}{host[len(path) :]}" for s in scopes]
+        shown = [(call, format_shape(n.shape), str(n.dtype)) for call, n in zip(calls, (was, now), strict=True)]
+        return ShapeMismatch(
+            f"body {self.body!r} does not fit each call of its host",
+            node=self.body,
+            sides=[("fits", *shown[0]), ("does not", *shown[1]), ("because", str(error).splitlines()[0])],
+            source=self.source,
+            hint=f"splice at one call, or at each a body of its own: {calls[0]!r}, {calls[1]!r}",
+        )
 
     def twin(self, name: str, index: int) -> str:
         """The value of the same place in a further call: of what is called as often as the host."""
@@ -430,6 +439,24 @@ class _Splicing:
             draft.reads.append((self.body, name, last))
 
 
+def _alike(one: Node, other: Node) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def _copied(
+    first: Mapping[str, Node], was: Mapping[str, Node], now: Mapping[str, Node], names: Mapping[str, str]
+) -> dict[str, Node]:
+    """The nodes of a body once more, called `names`, reading what is there `now` instead of what there `was`."""
+    copies: dict[str, Node] = {}
+    for name, node in first.items():
+        before = [first.get(i) or was[i] for i in node.inputs]
+        inputs = [copies.get(i) or now[i] for i in node.inputs]
+        same = all(_alike(a, b) for a, b in zip(before, inputs, strict=True))
+        copy = node if same else reading(node, inputs)
+        copies[name] = replace(copy, name=names[name], inputs=tuple(inputs))
+    return copies
+
+
 def _refuse_late(draft: Draft, source: Source | None) -> None:
     """A model runs in its own order, also where a value does not depend on another one."""
     for body, name, last in draft.reads:
@@ -440,61 +467,3 @@ def _refuse_late(draft: Draft, source: Source | None) -> None:
                 source=source,
                 hint="read a node that runs before its host, or splice at a later host",
             )
-
-
-class _Readable(Graph):
-    """A graph as a method reads it, which notes what is asked for by the name of a first call, `x@0`."""
-
-    names: set[str]
-    firsts: set[str]
-
-    def __init__(self, graph: Graph) -> None:
-        self.__dict__.update(graph.__dict__, _graph=graph, names=set(), firsts=set())
-
-    def __getitem__(self, name: str) -> Node:
-        node = super().__getitem__(name)
-        (self.firsts if str(name).endswith("@0") else self.names).add(node.name or "")
-        return _as_read(node, self._graph)  # type: ignore[attr-defined]
-
-
-def _handle(draft: Draft, value: str) -> Node:
-    """A node of the draft as a method sees it."""
-    return _as_read(draft.nodes[value], draft.graph)
-
-
-def _as_read(node: Node, graph: Graph) -> Node:
-    """A node as a method reads it. Bodies on a half-precision host compute in float32 (see `CompiledGraph`)."""
-    half = graph.imported is not None and node.dtype in HALF
-    return replace(node, graph=graph, dtype=torch.float32 if half else node.dtype)
-
-
-def made(result: Node) -> list[Node]:
-    """The nodes that are in no graph yet, inputs before the nodes that read them."""
-    order: dict[int, Node] = {}
-    stack = [result]
-    while stack:
-        node = stack[-1]
-        waiting = [i for i in node.inputs if i.graph is None and id(i) not in order]
-        if id(node) in order or not waiting:
-            order.setdefault(id(node), node)
-            stack.pop()
-        else:
-            stack += reversed(waiting)
-    for node in order.values():
-        if node.shares is not None:
-            first = node.shares.name or node.shares.op
-            raise BadSplice(
-                f"{node.op} shares the weights of {first!r}, which is decided where a graph is made",
-                node=first,
-                source=node.source,
-                hint="write it before ag.Graph(…), or leave share= out",
-            )
-    return list(order.values())
-
-
-def is_foreign(graph: Graph, node: Node) -> bool:
-    """Whether a handle is of another graph, and not of one that this graph was made from."""
-    if node.graph is None or node.graph is graph:
-        return False
-    mine, theirs = graph._nodes.get(node.name or ""), node.graph._nodes.get(node.name or "")
-    return mine is None or theirs is None or not mine.same(theirs)

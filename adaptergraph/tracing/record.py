@@ -117,7 +117,8 @@ class Recorder:
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
         # on the real tensors of a model the forward may look at values
         self.real = False
-        self.kept: list[tuple[Record, Any]] = []
+        # values, and the calls whose tensors they are
+        self.kept: list[tuple[tuple[Record, Any], str]] = []
         self.seen: list[weakref.ref[Tensor]] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
@@ -400,7 +401,7 @@ class Recorder:
         elif _replaces(func):
             mutated = [args[0]]
         if not outs and not mutated:
-            self.kept += [self.values[id(t)] for t in given if self.real and id(t) in self.values]
+            self.kept += [self.held(t) for t in given if self.real and id(t) in self.values]
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
@@ -458,9 +459,13 @@ class Recorder:
         """The events of the whole run, which of them give what the model returns, and what is kept beside that."""
         self.root = self.frames[0].records
         self.results = [(p, self.values[id(t)]) for p, t in tensors(returned) if id(t) in self.values]
-        known = [(weakref.ref(t), self.values[id(t)]) for t in self.alive if id(t) in self.values]
+        known = [(weakref.ref(t), self.held(t)) for t in self.alive if id(t) in self.values]
         self.forget()
-        self.kept += [value for ref, value in known if ref() is not None]
+        self.kept += [held for ref, held in known if ref() is not None]
+
+    def held(self, tensor: Tensor) -> tuple[tuple[Record, Any], str]:
+        """The value of a tensor, and the call to which the tensor belongs."""
+        return self.values[id(tensor)], self.ways.owners[id(tensor)][0].scope
 
 
 class Operations(TorchFunctionMode):

@@ -447,11 +447,15 @@ class _Finish:
                     whole = not always and times == reads[reader, value]
                     yield Aside(scope, at, None if always else self.edge(*value), reader, whole)
 
-    def kept(self, outputs: Any) -> list[str]:
-        """What somebody may read when the forward has returned, beside what it returns."""
-        found = {self.edge(*v) if self.is_read(*v) else v[0].final().name for v in self.recorder.kept}
-        found.difference_update(leaves(outputs))
-        return [name for name, node in self.nodes.items() if name in found and node.op != "input"]
+    def kept(self, outputs: Any) -> list[tuple[str, str]]:
+        """What somebody may read when the forward has returned, beside what it returns, and the call whose it is."""
+        found: dict[str, dict[str, None]] = {}
+        for value, scope in self.recorder.kept:
+            name = self.edge(*value) if self.is_read(*value) else value[0].final().name
+            found.setdefault(name, {})[scope] = None
+        out = set(leaves(outputs))
+        names = [name for name, node in self.nodes.items() if name in found and node.op != "input" and name not in out]
+        return [(name, scope) for name in names for scope in found[name]]
 
     def may_stand(self, scope: str, at: str, always: bool, value: tuple[Record, Any]) -> bool:
         """Whether a body at this entry or exit replaces this value, or changes what is read all the same."""
