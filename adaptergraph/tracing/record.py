@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .memory import another, can_be_viewed, overlap, place, storage, version
-from .parts import PLAIN, replaced, tensors
+from .parts import PLAIN, containers, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
@@ -107,6 +107,11 @@ class Recorder:
         self.owned: set[int] = set()
         self.ways = Ways()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
+        # the containers that the model was given, and what calls hand on in them to whoever gave them
+        self.lasting: dict[int, Any] = {}
+        self.shown: list[tuple[str, tuple[Record, Any], str]] = []
+        # dicts and lists with tensors of this run in them, and what was in them before
+        self.filled: list[tuple[Any, Any]] = []
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
@@ -124,12 +129,21 @@ class Recorder:
         """Lets go of every tensor, and says which there were."""
         self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
+        self.lasting = {}
         # the frames of its traceback hold tensors
         self.failed = None
         return self.seen
 
+    def empty(self) -> None:
+        """Takes the tensors of this run out of the dicts and lists that calls were given."""
+        for container, before in reversed(self.filled):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        self.filled = []
+
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Every tensor among the arguments is an input, called as forward's signature calls it."""
+        self.lasting = {id(c): c for c in containers((args, kwargs))}
         for name, value in bound(self.model, args, kwargs).items():
             for path, tensor in tensors(value):
                 key = ":".join([name, *(str(p).lstrip(".") for p in path)])
@@ -189,7 +203,7 @@ class Recorder:
                 self.frames[depth - 2].records += self.frames[depth - 1].records
                 del self.frames[depth - 1 :]
                 raise
-            output = self.own(output)
+            output = self.own(output, args, kwargs)
             with torch._C.DisableTorchFunction():
                 self.leave(module, args, kwargs, output)
             return output
@@ -241,12 +255,19 @@ class Recorder:
         memory = storage(tensor)
         return memory in self.written and len(self.storages[memory]) >= _CROWD
 
-    def own(self, output: Any) -> Any:
-        """What a module returns, with tensors of its own: those that it keeps are others than those that it returns."""
+    def own(self, output: Any, args: Any, kwargs: Any) -> Any:
+        """What a module returns, with tensors of its own: those that it keeps are others than those that it returns.
+
+        A dict or list that it was given stays the same one, as somebody else looks into it too.
+        """
         frame, own = self.frames[-1], dict[int, Tensor]()
+        given = {} if isinstance(output, Tensor) else {id(c): c for c in containers((args, kwargs))}
+        found = (c for c in containers(output) if type(c) in (list, dict)) if given else ()
+        self.filled += [(c, c.copy()) for c in found if id(c) in given]
 
         def fresh(tensor: Tensor) -> Tensor:
-            if not can_be_viewed(tensor) or (self.made_in(tensor, frame) and self.is_crowded(tensor)):
+            crowded = self.made_in(tensor, frame) and self.is_crowded(tensor)
+            if crowded or not can_be_viewed(tensor) or id(tensor) in frame.returned:
                 return tensor
             if id(tensor) not in own:
                 own[id(tensor)] = new = another(tensor)
@@ -255,7 +276,7 @@ class Recorder:
             return own[id(tensor)]
 
         self.paused = True
-        output = replaced(output, fresh)
+        output = replaced(output, fresh, given)
         self.paused = False
         return output
 
@@ -277,6 +298,12 @@ class Recorder:
             caller.records += frame.records
             for _, tensor in outs:
                 self.returns(tensor, frame, caller)
+        for container in containers(output if self.lasting else None):
+            if id(container) in self.lasting:
+                found = (t for _, t in tensors(container))
+                self.shown += [
+                    (frame.scope, self.values[id(t)], caller.scope) for t in found if self.handed_on(t, frame)
+                ]
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
@@ -294,6 +321,13 @@ class Recorder:
         value, past = self.values[id(inner)], self.past(inner, frame) - {(frame.scope, "exit", False)}
         self.stand_for(tensor, value, caller, past)
         self.claims.append((frame.scope, value, past))
+
+    def handed_on(self, tensor: Tensor, frame: _Frame) -> bool:
+        """Whether what a call returns was there before it."""
+        record = self.values.get(id(frame.returned.get(id(tensor), tensor)), (None,))[0]
+        while record is not None and record.op == "identity" and record.number > frame.number:
+            record = record.reads[0][0] if record.reads else None
+        return record is None or record.number < frame.number
 
     def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
         """Whether an event inside this call gave the tensor."""

@@ -223,6 +223,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
+        stack.callback(recorder.empty)
         if mode is not None:
             faked = Faker(mode, recorder.dtype)
             faked.swap(recorder.modules.values())
@@ -441,6 +442,9 @@ class _Finish:
             if record.past:
                 read = ((record.name, value, passed) for value, past in record.past for passed in sorted(past))
                 ways.append((Counter((record.name, value) for value in record.reads), Counter(read)))
+        for scope, value, caller in self.recorder.shown:
+            if self.is_read(*value):
+                yield Aside(scope, "exit", self.edge(*value), caller)
         for reads, past in ways:
             for (reader, value, (scope, at, always)), times in past.items():
                 if self.is_read(*value) and self.may_stand(scope, at, always, value):
