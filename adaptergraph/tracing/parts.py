@@ -66,10 +66,10 @@ def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] 
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) in (list, dict):
         keys = list(value) if type(value) is dict else range(len(value))
-        items = {k: new for k in keys if (new := replaced(value[k], fn, given)) is not value[k]}
-        if items and id(value) not in given:
+        other = {k: new for k in keys if (new := replaced(value[k], fn, given)) is not value[k]}
+        if other and id(value) not in given:
             value = value.copy()
-        for key, new in items.items():
+        for key, new in other.items():
             value[key] = new
         return value
     if isinstance(value, list):
