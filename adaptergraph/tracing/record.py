@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import re
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,76 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from .calls import Frame, Made, Record
+from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .parts import PLAIN, containers, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
-_numbers = itertools.count()
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
 _CROWD = 32
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """One event: an input, an operation, or a call of a module without children.
-
-    `past` says which of the values that it reads came to it past entries and exits of modules.
-    """
-
-    kind: str
-    op: str
-    scope: str
-    path: str = ""
-    index: int = 0
-    reads: list[tuple[Record, Any]] = field(default_factory=list)
-    params: dict[str, None] = field(default_factory=dict)
-    outs: dict[Any, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    into: Record | None = None
-    name: str = ""
-    past: list[tuple[tuple[Record, Any], frozenset[Passed]]] = field(default_factory=list)
-    number: int = field(default_factory=_numbers.__next__)
-
-    def final(self) -> Record:
-        """The event this one is a part of, or itself."""
-        record = self
-        while record.into is not None:
-            record = record.into
-        return record
-
-    @property
-    def main(self) -> Any:
-        """The key of the first float tensor it gives, or else of its first tensor."""
-        floats = (k for k, (_, dtype) in self.outs.items() if dtype.is_floating_point)
-        return next(floats, next(iter(self.outs), None))
-
-
-@dataclass(slots=True, eq=False)
-class _Frame:
-    """A module call that is running."""
-
-    path: str
-    index: int
-    scope: str
-    outer: _Frame | None = None
-    versions: dict[int, int] = field(default_factory=dict)
-    reads: list[Any] = field(default_factory=list)
-    past: list[Any] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    calls_children: bool = False
-    given: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
-    lent: list[Tensor] = field(default_factory=list)
-    returned: dict[int, Tensor] = field(default_factory=dict)
-    number: int = field(default_factory=_numbers.__next__)
-
-
-@dataclass(slots=True, eq=False)
-class Made:
-    """One call of a module that returned: who made it, where its first float tensor sits, all it returned and read."""
-
-    caller: str
-    first: tuple[Any, ...] | None
-    parts: list[tuple[tuple[Any, ...], tuple[Record, Any]]]
-    inputs: list[tuple[str, Any]]
 
 
 class Recorder:
@@ -112,7 +48,7 @@ class Recorder:
         self.shown: list[tuple[str, tuple[Record, Any], str]] = []
         # dicts and lists with tensors of this run in them, and what was in them before
         self.filled: list[tuple[Any, Any]] = []
-        self.frames = [_Frame("", 0, "")]
+        self.frames = [Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
         self.inputs: list[Record] = []
@@ -120,6 +56,9 @@ class Recorder:
         self.hidden = False
         self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
+        # what is compared with another run; and whether each call gets tensors of its own
+        self.events: Events | None = None
+        self.apart = True
         # on the real tensors of a model the forward may look at values
         self.real = False
         self.kept: list[tuple[Record, Any]] = []
@@ -130,6 +69,8 @@ class Recorder:
         self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
         self.lasting = {}
+        if self.events is not None:
+            self.events.forget()
         # the frames of its traceback hold tensors
         self.failed = None
         return self.seen
@@ -143,6 +84,8 @@ class Recorder:
 
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Every tensor among the arguments is an input, called as forward's signature calls it."""
+        if self.events is not None:
+            self.events.number(t for _, t in tensors((args, kwargs)))
         self.lasting = {id(c): c for c in containers((args, kwargs))}
         for name, value in bound(self.model, args, kwargs).items():
             for path, tensor in tensors(value):
@@ -155,6 +98,8 @@ class Recorder:
     def hold(self, tensor: Tensor) -> None:
         """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
         self.owned.add(id(tensor))
+        if self.events is not None:
+            self.events.number([tensor])
         self.alive.append(tensor)
         self.storages.setdefault(storage(tensor), []).append(tensor)
 
@@ -163,7 +108,7 @@ class Recorder:
         self.stand_for(tensor, (record, key), self.frames[-1])
 
     def stand_for(
-        self, tensor: Tensor, value: tuple[Record, Any], frame: _Frame, past: frozenset[Passed] = NOTHING
+        self, tensor: Tensor, value: tuple[Record, Any], frame: Frame, past: frozenset[Passed] = NOTHING
     ) -> None:
         """From now on this tensor is this value, in this call."""
         self.values[id(tensor)] = value
@@ -219,7 +164,7 @@ class Recorder:
         caller = self.frames[-1]
         given = [t for _, t in tensors((args, kwargs))]
         reads = [(origin, self.past(t, caller)) for t in given if (origin := self.origin(t, caller)) is not None]
-        frame = _Frame(path, index, f"{path}@{index}" if index else path, caller)
+        frame = Frame(path, index, f"{path}@{index}" if index else path, caller)
         frame.versions = {id(t): version(t) for t in given}
         frame.reads = [origin for origin, _ in reads]
         frame.past = [(origin, past) for origin, past in reads if past]
@@ -227,6 +172,8 @@ class Recorder:
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of the call that has begun, with tensors of its own as a body before it would give them."""
+        if not self.apart:
+            return args, kwargs
         frame = self.frames[-1]
         assert frame.outer is not None
         caller, own = frame.outer, dict[int, Tensor]()
@@ -260,6 +207,8 @@ class Recorder:
 
         A dict or list that it was given stays the same one, as somebody else looks into it too.
         """
+        if not self.apart:
+            return output
         frame, own = self.frames[-1], dict[int, Tensor]()
         given = {} if isinstance(output, Tensor) else {id(c): c for c in containers((args, kwargs))}
         found = (c for c in containers(output) if type(c) in (list, dict)) if given else ()
@@ -309,7 +258,7 @@ class Recorder:
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
 
-    def returns(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
+    def returns(self, tensor: Tensor, frame: Frame, caller: Frame) -> None:
         """A call with calls inside returned a tensor."""
         if id(tensor) in self.values and id(tensor) not in frame.returned:
             self.ways.give(tensor, caller)
@@ -322,19 +271,19 @@ class Recorder:
         self.stand_for(tensor, value, caller, past)
         self.claims.append((frame.scope, value, past))
 
-    def handed_on(self, tensor: Tensor, frame: _Frame) -> bool:
+    def handed_on(self, tensor: Tensor, frame: Frame) -> bool:
         """Whether what a call returns was there before it."""
         record = self.values.get(id(frame.returned.get(id(tensor), tensor)), (None,))[0]
         while record is not None and record.op == "identity" and record.number > frame.number:
             record = record.reads[0][0] if record.reads else None
         return record is None or record.number < frame.number
 
-    def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
+    def made_in(self, tensor: Tensor, frame: Frame) -> bool:
         """Whether an event inside this call gave the tensor."""
         value = self.values.get(id(tensor))
         return value is not None and value[0].number > frame.number
 
-    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
+    def leaf(self, module: nn.Module, frame: Frame, caller: Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
         record.reads += frame.reads
@@ -356,7 +305,7 @@ class Recorder:
             self.bind(tensor, record, path)
         return record
 
-    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
+    def passed_on(self, tensor: Tensor, frame: Frame, caller: Frame) -> None:
         """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
         record = Record("op", "identity", frame.scope)
         inner = frame.returned.get(id(tensor), tensor)
@@ -370,12 +319,12 @@ class Recorder:
         self.bind(tensor, record, ())
         caller.records.append(record)
 
-    def past(self, tensor: Tensor, reader: _Frame) -> frozenset[Passed]:
+    def past(self, tensor: Tensor, reader: Frame) -> frozenset[Passed]:
         """The entries and exits of modules past which a tensor came to the call that reads it."""
         value = self.values.get(id(tensor))
         return NOTHING if value is None else self.ways.past(tensor, reader, value[0].number)
 
-    def reads(self, record: Record, tensor: Tensor, frame: _Frame) -> None:
+    def reads(self, record: Record, tensor: Tensor, frame: Frame) -> None:
         """An event in a call reads a tensor that was there before the call, or an operation any tensor."""
         value = self.values.get(id(tensor))
         if value is None or (record.kind == "module" and self.made_in(tensor, frame)):
@@ -384,7 +333,7 @@ class Recorder:
         if past := self.past(tensor, frame):
             record.past.append((value, past))
 
-    def origin(self, tensor: Tensor, frame: _Frame) -> Any:
+    def origin(self, tensor: Tensor, frame: Frame) -> Any:
         """The event that gave a tensor; None for one that was there before the run."""
         if self.made_unseen(tensor):
             record = Record("op", "unseen", frame.scope, reads=self.earlier(frame))
@@ -398,11 +347,11 @@ class Recorder:
         known = id(tensor) in self.values or id(tensor) in self.owned
         return not known and (self.hidden or isinstance(tensor, FakeTensor))
 
-    def earlier(self, frame: _Frame) -> list[Any]:
+    def earlier(self, frame: Frame) -> list[Any]:
         """All that code in this call can have read."""
         return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
 
-    def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
+    def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: Frame) -> list[tuple[str, Any]]:
         """The float tensors among the arguments by name, without those that the forward overwrote."""
         try:
             named = by_name(self.signatures[id(module)], args, kwargs)
@@ -426,8 +375,12 @@ class Recorder:
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
+        if self.events is not None:
+            self.events.note(self.frames[-1].scope, op_name(func), given, (*args, *kwargs.values()))
         result = func(*args, **kwargs)
         outs = list(tensors(result))
+        if self.events is not None:
+            self.events.number(t for _, t in outs)
         mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
         if len(mutated) > 1:
             mutated = _written(func, args, kwargs, mutated, outs)
@@ -447,7 +400,7 @@ class Recorder:
         def fresh(tensor: Tensor) -> Tensor:
             return another(tensor) if any(tensor is g for g in given) else tensor
 
-        if not mutated and any(t is g for _, t in outs for g in given):
+        if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
         memory = {storage(t): t for t in reversed(given)}

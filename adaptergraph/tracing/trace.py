@@ -12,6 +12,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
+from .calls import Made, Record
 from .fakes import Faker, clear_caches, copy_over
+from .identity import Events, asking, refuse_other_way
 from .parts import PLAIN, tensors
-from .record import Made, Operations, Record, Recorder, bound
+from .record import Operations, Recorder, bound
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -45,7 +48,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
 
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
-            has bodies already, or shares a module with one that has.
+            has bodies already, or shares a module with one that has; or it asks whether two tensors are one object, and
+            goes another way where a body would make two of them.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -54,7 +58,31 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """
     _refuse(model)
     with uncollected():
-        return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
+        asked = asking(model.modules())
+        recorder = _compared(model, args, kwargs, asked) if asked else recorded(model, args, kwargs, Recorder)
+        return _Finish(model, recorder, args, kwargs).graph()
+
+
+def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Recorder:
+    """What a recorder saw, if the model does the same where each tensor is the very object it was before.
+
+    Raises:
+        GraphError: it does not.
+    """
+
+    def make(model: nn.Module, dtype: torch.dtype | None, apart: bool) -> Recorder:
+        recorder = Recorder(model, dtype)
+        recorder.events, recorder.apart = Events(), apart
+        return recorder
+
+    # what a library computes once for all runs is there in the second pair of them
+    for _ in range(2):
+        traced, own = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (True, False))
+        found = [r.events.found for r in (traced, own) if r.events is not None]
+        if found[0] == found[1]:
+            return traced
+    refuse_other_way(model, asked, *found)
+    return traced
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
