@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .calls import Frame, Made, Record
 from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
+from .outside import Outside
 from .parts import PLAIN, containers, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
@@ -46,7 +47,7 @@ class Recorder:
         # the containers that the model was given, and what calls hand on in them to whoever gave them
         self.lasting: dict[int, Any] = {}
         self.shown: list[tuple[str, tuple[Record, Any], str]] = []
-        # dicts and lists with tensors of this run in them, and what was in them before
+        # dicts and lists with tensors of this run in the place of others, and what was in them before
         self.filled: list[tuple[Any, Any]] = []
         self.frames = [Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
@@ -61,6 +62,7 @@ class Recorder:
         self.apart = True
         # on the real tensors of a model the forward may look at values
         self.real = False
+        self.outside = Outside()
         self.kept: list[tuple[Record, Any]] = []
         self.seen: list[weakref.ref[Tensor]] = []
 
@@ -211,8 +213,10 @@ class Recorder:
             return output
         frame, own = self.frames[-1], dict[int, Tensor]()
         given = {} if isinstance(output, Tensor) else {id(c): c for c in containers((args, kwargs))}
-        found = (c for c in containers(output) if type(c) in (list, dict)) if given else ()
-        self.filled += [(c, c.copy()) for c in found if id(c) in given]
+        for container in containers(output if given else None):
+            written = id(container) in given and type(container) in (list, dict)
+            if written and any(id(t) not in self.values for _, t in tensors(container)):
+                self.filled.append((container, container.copy()))
 
         def fresh(tensor: Tensor) -> Tensor:
             crowded = self.made_in(tensor, frame) and self.is_crowded(tensor)
@@ -313,8 +317,8 @@ class Recorder:
             record.params[self.parameters[id(inner)]] = None
         elif id(inner) in self.values:
             self.reads(record, inner, frame)
-        elif self.made_unseen(inner):
-            record.op, record.reads = "unseen", self.earlier(frame)
+        elif (unseen := self.unseen(inner, frame)) is not None:
+            record.op, record.reads = "unseen", unseen
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
@@ -335,17 +339,26 @@ class Recorder:
 
     def origin(self, tensor: Tensor, frame: Frame) -> Any:
         """The event that gave a tensor; None for one that was there before the run."""
-        if self.made_unseen(tensor):
-            record = Record("op", "unseen", frame.scope, reads=self.earlier(frame))
+        if (reads := self.unseen(tensor, frame)) is not None:
+            record = Record("op", "unseen", frame.scope, reads=reads)
             record.outs[()] = (tuple(tensor.shape), tensor.dtype)
             self.bind(tensor, record, ())
             frame.records.append(record)
         return self.values.get(id(tensor))
 
-    def made_unseen(self, tensor: Tensor) -> bool:
-        """Whether code made it that torch does not show: inside `torch.func`, or of an extension."""
-        known = id(tensor) in self.values or id(tensor) in self.owned
-        return not known and (self.hidden or isinstance(tensor, FakeTensor))
+    def unseen(self, tensor: Tensor, frame: Frame) -> list[Any] | None:
+        """What code can have computed a tensor from that no event gave; None if it was there before the run.
+
+        Code of `torch.func` or of an extension reads what it finds; on real values what left torch may come back.
+        """
+        if id(tensor) in self.values or id(tensor) in self.owned:
+            return None
+        if self.hidden or isinstance(tensor, FakeTensor):
+            return self.earlier(frame)
+        if not self.real:
+            return None
+        alike = (t for t in self.storages.get(storage(tensor), ()) if id(t) in self.values and overlap(t, tensor))
+        return list(dict.fromkeys(self.values[id(t)] for t in alike)) or list(self.outside.left) or None
 
     def earlier(self, frame: Frame) -> list[Any]:
         """All that code in this call can have read."""
@@ -372,6 +385,9 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
+        if func is Tensor.__dlpack__ and not self.real:
+            # it would give memory without values
+            raise DataDependentOutputException(func)  # type: ignore[arg-type]
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
@@ -387,7 +403,9 @@ class Recorder:
         elif _replaces(func):
             mutated = [args[0]]
         if not outs and not mutated:
-            self.kept += [self.values[id(t)] for t in given if self.real and id(t) in self.values]
+            known = [self.values[id(t)] for t in given if self.real and id(t) in self.values]
+            self.kept += known
+            self.outside.note(op_name(func), known, result)
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
@@ -396,6 +414,8 @@ class Recorder:
                 self.reads(record, tensor, frame)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
+        if self.outside.left:
+            record.reads += self.outside.back(record.op, args, kwargs)
 
         def fresh(tensor: Tensor) -> Tensor:
             return another(tensor) if any(tensor is g for g in given) else tensor
