@@ -18,7 +18,8 @@ _numbers = itertools.count()
 class Record:
     """One event: an input, an operation, or a call of a module without children.
 
-    `past` says which of the values that it reads came to it past entries and exits of modules.
+    `past` says which of the values that it reads came to it past entries and exits of modules. A call is `silent` that
+    returned no tensor, and made some: it wrote them in place, or keeps them.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Record:
     into: Record | None = None
     name: str = ""
     past: list[tuple[tuple[Record, Any], frozenset[Passed]]] = field(default_factory=list)
+    silent: bool = False
     number: int = field(default_factory=_numbers.__next__)
 
     def final(self) -> Record:

@@ -17,8 +17,8 @@ _MAKING = {"tensor", "as_tensor", "asarray"}
 class Outside:
     """What left torch so far in one run, and which numbers it left as.
 
-    A number that comes back is told by its value. Not followed are whole numbers, what Python computes from a number, and
-    what a forward decides by it.
+    A number that comes back is told by its value. Whole numbers are not followed, nor what Python computes from a number,
+    nor what a forward decides by one.
     """
 
     def __init__(self) -> None:

@@ -290,6 +290,7 @@ class Recorder:
     def leaf(self, module: nn.Module, frame: Frame, caller: Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
+        record.silent = not outs and any(inner.outs for inner in frame.records)
         record.reads += frame.reads
         record.past += frame.past
         for inner in frame.records:

@@ -375,7 +375,7 @@ class _Finish:
             self.add(record, [], {})
         for record in self.recorder.root:
             self.name(record)
-            if record.outs:
+            if record.outs or record.silent:
                 reads = [self.edge(r, k) for r, k in record.reads]
                 self.add(record, reads, own.get(record.path, {}) if record.kind == "module" else {})
             for param in record.params:
@@ -411,11 +411,11 @@ class _Finish:
         record.name = f"{stem}_{count}" if count else stem
 
     def add(self, record: Record, reads: list[str], params: Mapping[str, Param]) -> None:
-        shape, dtype = record.outs[record.main]
         inputs = tuple(dict.fromkeys(r for r in reads if r != record.name))
         name = record.name or type(self.model).__name__
         record.name = name
-        self.nodes[name] = Node(record.op, inputs, name, shape, self.dtype(dtype), params=params)
+        shape, dtype = (None, None) if record.silent else record.outs[record.main]
+        self.nodes[name] = Node(record.op, inputs, name, shape, dtype and self.dtype(dtype), params=params)
         if record.kind != "input":
             self.scopes[name] = record.scope
 
