@@ -17,8 +17,8 @@ _MAKING = {"tensor", "as_tensor", "asarray"}
 class Outside:
     """What left torch so far in one run, and which numbers it left as.
 
-    A number that comes back is told by its value. Whole numbers are not followed, nor what Python computes from a number,
-    nor what a forward decides by one.
+    A number that comes back is told by its value. What Python computes from one is not followed, nor whole numbers, nor
+    what a forward decides by one.
     """
 
     def __init__(self) -> None:
