@@ -1,7 +1,7 @@
 """Random models whose modules hand dicts on, write into them and return them, or others that hold the same values.
 
-Wherever a body is let in, the compiled model computes what its graph says; the graph is evaluated edge by edge. A dict of
-the caller's is written into where the model itself writes into it, and nowhere else.
+Wherever a body is let in, the compiled model computes what its graph says; the graph is evaluated edge by edge. A
+caller's dict is written into where the model itself writes into it, and nowhere else.
 """
 
 from __future__ import annotations

@@ -68,6 +68,28 @@ class Helped(Asking):
         return self.b(h) if one(h, self.drop(h)) else self.c(h)
 
 
+def twice(forward):
+    """A decorator that hides what it decorates."""
+
+    def run(self, x):
+        return forward(self, x) * 2
+
+    return run
+
+
+class Decorated(Asking):
+    @twice
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h) if self.drop(h) is h else self.c(h)
+
+
+class AlsoDecorated(Asking):
+    @twice
+    def forward(self, x):
+        return self.b(x)
+
+
 class Child(nn.Module):
     def __init__(self):
         super().__init__()
@@ -103,6 +125,7 @@ REFUSED = {
     Registry: ("mul", "mul, which reads another value", None),
     Weights: ("linear", "linear, which reads another value", None),
     Helped: ("linear in 'b'", "linear in 'c'", "b"),
+    Decorated: ("linear in 'b'", "linear in 'c'", "b"),
     Given: ("linear in 'child.a'", "linear in 'child.b'", "child.a"),
     Looking: ("linear in 'b'", "linear in 'c'", "b"),
 }
@@ -196,6 +219,8 @@ def constants(x, kind=None):
 def test_only_code_that_compares_variables_is_looked_at_twice():
     assert [text.split(",")[0] for text in asking([Branch()])] == ["Branch.forward"]
     assert asking([Asking(), linear(), nn.Dropout(), nn.BatchNorm1d(6), nn.GELU()]) == []
+    found = [text.split(",")[0] for text in asking([AlsoDecorated(), Decorated(), AlsoDecorated()])]
+    assert found == ["Decorated.forward"]
     host = Asking()
     host.forward = constants
     assert asking([host]) == []

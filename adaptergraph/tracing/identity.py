@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +74,48 @@ def _place(event: Event) -> str:
 
 def asking(modules: Iterable[nn.Module]) -> list[str]:
     """Where the forwards of modules, and the functions that they name, compare variables by identity."""
-    forwards = {(type(m), getattr(m.forward, "__func__", m.forward)) for m in modules}
-    waiting: list[tuple[type | None, Any]] = list(forwards)
-    seen: set[types.CodeType] = set()
-    found = []
+    waiting: list[tuple[Any, Any]] = []
+    for cls, forward in {(type(m), getattr(m.forward, "__func__", m.forward)) for m in modules}:
+        methods = {n: v for c in reversed(cls.__mro__) if c is not nn.Module for n, v in vars(c).items()}
+        waiting.append((methods, forward))
+    seen: set[types.FunctionType] = set()
+    found: set[str] = set()
     while waiting:
-        cls, function = waiting.pop()
-        while isinstance(function, functools.partial | types.MethodType):
-            function = getattr(function, "func", None) or function.__func__  # type: ignore[union-attr]
-        function = inspect.unwrap(function)
-        if not isinstance(function, types.FunctionType) or function.__code__ in seen or _is_foreign(function):
+        methods, given = waiting.pop()
+        function = _function(given)
+        if function is None or function in seen or _is_foreign(function):
             continue
-        seen.add(function.__code__)
-        names: set[str] = set()
-        for code in _codes(function.__code__):
-            names.update(code.co_names)
-            found += [f"{function.__qualname__}, {Path(code.co_filename).name}:{line}" for line in _lines(code)]
-        waiting += _named(cls, function, names)
+        seen.add(function)
+        names, lines = _scanned(function.__code__)
+        found |= {f"{function.__qualname__}, {Path(function.__code__.co_filename).name}:{line}" for line in lines}
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):
+                waiting.append((methods, cell.cell_contents))
+        for name in names:
+            if name in methods:
+                waiting.append((methods, methods[name]))
+            value = function.__globals__.get(name)
+            if isinstance(value, types.ModuleType):
+                waiting += [({}, vars(value)[n]) for n in names if n in vars(value)]
+            elif value is not None:
+                waiting.append(({}, value))
     return sorted(found)
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The function that is run where this is called; None if it is no function of Python's."""
+    while not isinstance(value, types.FunctionType):
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, types.MethodType | classmethod | staticmethod):
+            value = value.__func__
+        elif isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
+        else:
+            return None
+    return value
 
 
 def _is_foreign(function: types.FunctionType) -> bool:
@@ -102,6 +126,14 @@ def _is_foreign(function: types.FunctionType) -> bool:
     )
 
 
+@functools.lru_cache(2000)
+def _scanned(code: types.CodeType) -> tuple[frozenset[str], tuple[int, ...]]:
+    """The names that the code of a function uses, and the lines where it compares."""
+    codes = list(_codes(code))
+    names = frozenset(name for inner in codes for name in inner.co_names)
+    return names, tuple(line for inner in codes for line in _lines(inner, code.co_freevars))
+
+
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for const in code.co_consts:
@@ -109,25 +141,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(const)
 
 
-def _named(cls: type | None, function: types.FunctionType, names: set[str]) -> Iterator[tuple[type | None, Any]]:
-    """The functions that code may mean by its names: methods of the class, globals, and those of modules."""
-    for name in names:
-        if cls is not None and name not in _OF_EVERY_MODULE:
-            own = inspect.getattr_static(cls, name, None)
-            own = own.fget if isinstance(own, property) else own
-            yield cls, getattr(own, "__func__", own)
-        value = function.__globals__.get(name)
-        yield None, value
-        if isinstance(value, types.ModuleType):
-            yield from ((None, vars(value)[n]) for n in names if n in vars(value))
-
-
-_OF_EVERY_MODULE = frozenset(dir(nn.Module)) - {"forward"}
 _IS = dis.opmap["IS_OP"]
 
 
-def _lines(code: types.CodeType) -> Iterator[int]:
-    """Where a code compares by identity what is no constant, and nothing that it names globally."""
+def _lines(code: types.CodeType, fixed: Collection[str]) -> Iterator[int]:
+    """Where a code compares by identity with what is no constant, no global, and not fixed before all calls."""
     if "id" in code.co_names:
         yield code.co_firstlineno
     # every second byte is an instruction
@@ -137,7 +155,8 @@ def _lines(code: types.CodeType) -> Iterator[int]:
     for step in dis.get_instructions(code):
         if step.opcode == _IS:
             root = next(s for s in reversed(before) if s.opname != "LOAD_ATTR")
-            if not root.opname.startswith(("LOAD_CONST", "LOAD_GLOBAL")):
+            outer = root.opname == "LOAD_DEREF" and root.argval in fixed
+            if not outer and not root.opname.startswith(("LOAD_CONST", "LOAD_GLOBAL")):
                 yield (step.positions.lineno if step.positions else None) or code.co_firstlineno
         if step.opname != "CACHE":
             before.append(step)

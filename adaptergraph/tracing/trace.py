@@ -77,7 +77,7 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
 
     # what a library computes once for all runs is there in the second pair of them
     for _ in range(2):
-        traced, own = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (True, False))
+        own, traced = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (False, True))
         found = [r.events.found for r in (traced, own) if r.events is not None]
         if found[0] == found[1]:
             return traced
