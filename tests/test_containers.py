@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -289,6 +290,36 @@ def test_a_container_that_the_module_keeps_is_not_written_into():
     assert torch.equal(one, two)
     torch.testing.assert_close(one, expected)
     assert model.up.kept["h"] is model.up.table
+
+
+@dataclass
+class Held:
+    """What a module may keep and return."""
+
+    h: Tensor
+
+
+class ConstantObject(Constant):
+    """The same with an object that is not copied."""
+
+    def forward(self, x):
+        if "kept" not in vars(self):
+            self.kept = OrderedDict(h=self.table) if self.kind is OrderedDict else Held(self.table)
+        return self.kept
+
+
+class UsesObject(UsesTable):
+    def forward(self, x):
+        found = self.up(x)
+        return self.last(found["h"] if self.up.kind is OrderedDict else found.h) * self.mid(x)
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, Held])
+def test_no_body_writes_again_and_again_into_an_object_that_the_module_keeps(kind):
+    base, x = UsesObject(ConstantObject), torch.randn(4, 6)
+    base.up.kind = kind
+    with pytest.raises(ag.BadSplice, match="the model itself reads what 'up' gives, and not only by way of its exit"):
+        ag.trace(base, x).splice("up", METHOD)
 
 
 class Passing(nn.Module):

@@ -44,7 +44,7 @@ class Recorder:
         self.owned: set[int] = set()
         self.ways = Ways()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
-        # the containers that the model was given, and what calls hand on in them to whoever gave them
+        # the containers that the model was given; what calls hand on in them, or in one of their own that is not copied
         self.lasting: dict[int, Any] = {}
         self.shown: list[tuple[str, tuple[Record, Any], str]] = []
         # dicts and lists with tensors of this run in the place of others, and what was in them before
@@ -251,12 +251,11 @@ class Recorder:
             caller.records += frame.records
             for _, tensor in outs:
                 self.returns(tensor, frame, caller)
-        for container in containers(output if self.lasting else None):
-            if id(container) in self.lasting:
-                found = (t for _, t in tensors(container))
-                self.shown += [
-                    (frame.scope, self.values[id(t)], caller.scope) for t in found if self.handed_on(t, frame)
-                ]
+        for container in containers(output):
+            copied = type(container) in (list, dict)
+            if id(container) in self.lasting or (not copied and any(container is v for v in vars(module).values())):
+                found = (t for _, t in tensors(container) if self.handed_on(t, frame))
+                self.shown += [(frame.scope, self.values[id(t)], caller.scope) for t in found]
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
