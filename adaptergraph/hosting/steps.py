@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphError
 from ..imported import Path
-from ..tracing.parts import containers
+from ..tracing.parts import holds
 from . import frames
 from .frames import Key, Token
 
@@ -140,7 +140,7 @@ def _put(out: Any, path: Path, value: Any, args: Any, kwargs: Any) -> Any:
             return dataclasses.replace(out, **{key[1:]: new})
         setattr(out, key[1:], new)
         return out
-    if type(out) in (dict, list) and all(out is not c for c in containers((args, kwargs))):
+    if type(out) in (dict, list) and not holds((*args, *kwargs.values()), out):
         # the module may keep what it returned; what it was given, its caller looks into
         out = out.copy()
     out[key] = new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,21 +34,35 @@ def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 
 def containers(value: Any) -> Iterator[Any]:
     """What holds parts of a structure and can be written into, at any depth: dicts, lists, dataclasses."""
-    parts: Any = ()
-    if isinstance(value, Tensor) or type(value) in PLAIN:
-        return
+    inside = None if isinstance(value, Tensor) else _inside(value)
+    if inside is not None:
+        if not isinstance(value, tuple):
+            yield value
+        for part in inside:
+            yield from containers(part)
+
+
+def holds(values: Iterable[Any], container: Any) -> bool:
+    """Whether a container is among these values, or in one of them, at any depth."""
+    for value in values:
+        if value is container:
+            return True
+        if type(value) is not Tensor and (inside := _inside(value)) is not None and holds(inside, container):
+            return True
+    return False
+
+
+def _inside(value: Any) -> Iterable[Any] | None:
+    """What a structure holds; None for anything else."""
+    if type(value) in PLAIN:
+        return None
     if isinstance(value, list | tuple):
-        parts = value
-    elif isinstance(value, Mapping):
-        parts = value.values()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [getattr(value, f.name, None) for f in dataclasses.fields(value)]
-    else:
-        return
-    if not isinstance(value, tuple):
-        yield value
-    for part in parts:
-        yield from containers(part)
+        return value
+    if isinstance(value, dict | Mapping):
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    return None
 
 
 def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] = ()) -> Any:
