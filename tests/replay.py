@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import adaptergraph as ag
+from adaptergraph.tracing.calls import Record
 from adaptergraph.tracing.parts import tensors
-from adaptergraph.tracing.record import Record, Recorder
+from adaptergraph.tracing.record import Recorder
 
 TRACE = sys.modules["adaptergraph.tracing.trace"]
 

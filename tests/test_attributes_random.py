@@ -121,7 +121,7 @@ def evaluated(graph, model, x):
             read = {w: r for r, w in body.calls}.get(node.name)
             values[node.name] = values[read] + bottleneck(own[body.name], values[read]) if read else None
         elif node.op in ("input", "output", "identity"):
-            values[node.name] = given[0] if given else x
+            values[node.name] = given[0] if given else x[node.name] if isinstance(x, dict) else x
         elif "/" not in node.name:
             values[node.name] = given[0] @ own[node.path].weight
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphError
 from ..imported import Path
+from ..tracing.parts import holds
 from . import frames
 from .frames import Key, Token
 
@@ -89,7 +90,7 @@ def at_exit(self: nn.Module, token: Token | None, step: Step, out: Any, args: An
         new = done(self, token, step, out, args, kwargs)
         return new if step.changes else out
     new = done(self, token, step, _at(out, path), args, kwargs)
-    return _put(out, path, new) if step.changes else out
+    return _put(out, path, new, args, kwargs) if step.changes else out
 
 
 def done(self: nn.Module, token: Token | None, step: Step, value: Tensor, args: Any, kwargs: Any) -> Tensor:
@@ -127,22 +128,20 @@ def _at(out: Any, path: Path) -> Any:
     return out
 
 
-def _put(out: Any, path: Path, value: Any) -> Any:
+def _put(out: Any, path: Path, value: Any, args: Any, kwargs: Any) -> Any:
     """The same structure with one tensor replaced."""
     key, rest = path[0], path[1:]
-    new = _put(_at(out, (key,)), rest, value) if rest else value
+    new = _put(_at(out, (key,)), rest, value, args, kwargs) if rest else value
     if isinstance(out, tuple):
         items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
         return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
-    if type(out) is dict:
-        # the module may keep what it returned
-        return {**out, key: new}
-    if type(out) is list:
-        return [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
     if isinstance(key, str) and key.startswith("."):
         if out.__dataclass_params__.frozen:
             return dataclasses.replace(out, **{key[1:]: new})
         setattr(out, key[1:], new)
-    else:
-        out[key] = new
+        return out
+    if type(out) in (dict, list) and not holds((*args, *kwargs.values()), out):
+        # the module may keep what it returned; what it was given, its caller looks into
+        out = out.copy()
+    out[key] = new
     return out

@@ -135,6 +135,7 @@ class _Tables:
     def __init__(self, graph: Graph, imported: Imported) -> None:
         self.imported = imported
         self.nodes = graph._nodes
+        self.consumers = graph.consumers
         self.calls: dict[str, Call] = {}
         for path, module in imported.modules.items():
             for index, call in enumerate(module.calls):
@@ -241,11 +242,11 @@ class _Tables:
 
     def check_node(self, name: str, node: Node) -> None:
         """Its name, op, shape, parameters and scope say the same."""
-        if (
-            node.shape is None
-            or node.dtype is None
-            or not all(isinstance(d, int) and 0 <= d < 2**63 for d in node.shape)
-        ):
+        if node.shape is None or node.dtype is None:
+            known = node.shape is node.dtype is None and self.gives_nothing(name)
+        else:
+            known = all(isinstance(d, int) and 0 <= d < 2**63 for d in node.shape)
+        if not known:
             raise wrong(f"{name!r} has the shape {format_shape(node.shape)} and dtype {node.dtype}", name)
         if node.op == "input":
             if node.inputs or node.params or name in self.imported.modules:
@@ -267,6 +268,12 @@ class _Tables:
             raise wrong(f"{name!r} is a {node.op}, and its module a {self.imported.modules[path].cls}", name)
         for part, param in node.params.items():
             self.check_param(name, f"{path}.{part}" if path else part, param)
+
+    def gives_nothing(self, name: str) -> bool:
+        """Whether a node is a call that returns no tensor: only what it wrote or keeps is read of it."""
+        call = self.calls.get(name)
+        readers = (self.nodes[reader].op for reader in self.consumers[name])
+        return call is not None and call.output is None and not call.parts and all(op == "output" for op in readers)
 
     def module_of(self, name: str) -> str:
         """The module that a node is a call of; a model that calls no module is called by its class."""

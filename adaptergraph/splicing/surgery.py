@@ -195,7 +195,7 @@ class _Splicing:
                 reader = repr(aside.reader) if aside.reader else "the model itself"
                 raise BadSplice(
                     f"{reader} reads what {self.host!r} {'is given' if before else 'gives'}, "
-                    f"and not only by way of its {aside.at}: on an attribute, say",
+                    f"and not only by way of its {aside.at}: on an attribute or in a dict or list, say",
                     node=self.host,
                     sides=[("value", raw), ("read by", reader), ("past", f"the {aside.at} of {aside.scope!r}")],
                     source=self.source,

@@ -41,6 +41,11 @@ def storage(tensor: Tensor) -> int:
         return -id(tensor)
 
 
+def keeper(tensor: Tensor) -> Any:
+    """What keeps the memory of a tensor, also where the tensor is given another one."""
+    return tensor.untyped_storage() if can_be_viewed(tensor) and storage(tensor) != -id(tensor) else tensor
+
+
 def place(tensor: Tensor) -> Any:
     """Which elements of its storage a tensor shows; None where that cannot be said."""
     if tensor.layout != torch.strided or tensor.is_nested:

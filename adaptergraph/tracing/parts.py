@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,31 +32,70 @@ def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
             yield from tensors(getattr(value, f.name, None), (*path, "." + f.name))
 
 
-def replaced(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure, tensors replaced where `fn` gives another one."""
+def containers(value: Any) -> Iterator[Any]:
+    """What holds parts of a structure and can be written into, at any depth: dicts, lists, dataclasses."""
+    inside = None if isinstance(value, Tensor) else _inside(value)
+    if inside is not None:
+        if not isinstance(value, tuple):
+            yield value
+        for part in inside:
+            yield from containers(part)
+
+
+def holds(values: Iterable[Any], container: Any) -> bool:
+    """Whether a container is among these values, or in one of them, at any depth."""
+    for value in values:
+        if value is container:
+            return True
+        if type(value) is not Tensor and (inside := _inside(value)) is not None and holds(inside, container):
+            return True
+    return False
+
+
+def _inside(value: Any) -> Iterable[Any] | None:
+    """What a structure holds; None for anything else."""
+    if type(value) in PLAIN:
+        return None
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, dict | Mapping):
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name, None) for f in dataclasses.fields(value)]
+    return None
+
+
+def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] = ()) -> Any:
+    """The same structure, tensors replaced where `fn` gives another one.
+
+    Args:
+        given: the ids of dicts and lists that are written into; of any other a copy is, as who made it may keep it.
+    """
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, tuple):
-        items = [replaced(v, fn) for v in value]
+        items = [replaced(v, fn, given) for v in value]
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if type(value) in (list, dict):
-        # who made it may keep it
-        old = value.values() if type(value) is dict else value
-        items = [replaced(v, fn) for v in old]
-        same = all(a is b for a, b in zip(items, old, strict=True))
-        return value if same else dict(zip(value, items, strict=True)) if type(value) is dict else items
+        keys = list(value) if type(value) is dict else range(len(value))
+        other = {k: new for k in keys if (new := replaced(value[k], fn, given)) is not value[k]}
+        if other and id(value) not in given:
+            value = value.copy()
+        for key, new in other.items():
+            value[key] = new
+        return value
     if isinstance(value, list):
-        value[:] = [replaced(v, fn) for v in value]
+        value[:] = [replaced(v, fn, given) for v in value]
     elif isinstance(value, Mapping):
         for key in list(value):
-            new = replaced(value[key], fn)
+            new = replaced(value[key], fn, given)
             if new is not value[key]:
                 value[key] = new  # type: ignore[index]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn)) is not old}
+        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn, given)) is not old}
         if changes and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             return dataclasses.replace(value, **changes)
         for name, new in changes.items():

@@ -4,89 +4,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import re
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from .calls import Frame, Made, Record
+from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
-from .parts import PLAIN, replaced, tensors
+from .outside import Outside
+from .parts import PLAIN, containers, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
-_numbers = itertools.count()
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
 _CROWD = 32
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """One event: an input, an operation, or a call of a module without children.
-
-    `past` says which of the values that it reads came to it past entries and exits of modules.
-    """
-
-    kind: str
-    op: str
-    scope: str
-    path: str = ""
-    index: int = 0
-    reads: list[tuple[Record, Any]] = field(default_factory=list)
-    params: dict[str, None] = field(default_factory=dict)
-    outs: dict[Any, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    into: Record | None = None
-    name: str = ""
-    past: list[tuple[tuple[Record, Any], frozenset[Passed]]] = field(default_factory=list)
-    number: int = field(default_factory=_numbers.__next__)
-
-    def final(self) -> Record:
-        """The event this one is a part of, or itself."""
-        record = self
-        while record.into is not None:
-            record = record.into
-        return record
-
-    @property
-    def main(self) -> Any:
-        """The key of the first float tensor it gives, or else of its first tensor."""
-        floats = (k for k, (_, dtype) in self.outs.items() if dtype.is_floating_point)
-        return next(floats, next(iter(self.outs), None))
-
-
-@dataclass(slots=True, eq=False)
-class _Frame:
-    """A module call that is running."""
-
-    path: str
-    index: int
-    scope: str
-    outer: _Frame | None = None
-    versions: dict[int, int] = field(default_factory=dict)
-    reads: list[Any] = field(default_factory=list)
-    past: list[Any] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    calls_children: bool = False
-    given: list[tuple[Tensor, Tensor, Any]] = field(default_factory=list)
-    lent: list[Tensor] = field(default_factory=list)
-    returned: dict[int, Tensor] = field(default_factory=dict)
-    number: int = field(default_factory=_numbers.__next__)
-
-
-@dataclass(slots=True, eq=False)
-class Made:
-    """One call of a module that returned: who made it, where its first float tensor sits, all it returned and read."""
-
-    caller: str
-    first: tuple[Any, ...] | None
-    parts: list[tuple[tuple[Any, ...], tuple[Record, Any]]]
-    inputs: list[tuple[str, Any]]
 
 
 class Recorder:
@@ -107,7 +44,12 @@ class Recorder:
         self.owned: set[int] = set()
         self.ways = Ways()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
-        self.frames = [_Frame("", 0, "")]
+        # the containers that the model was given; what calls hand on in them, or in one of their own that is not copied
+        self.lasting: dict[int, Any] = {}
+        self.shown: list[tuple[str, tuple[Record, Any], str]] = []
+        # dicts and lists with tensors of this run in the place of others, and what was in them before
+        self.filled: list[tuple[Any, Any]] = []
+        self.frames = [Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
         self.inputs: list[Record] = []
@@ -115,8 +57,12 @@ class Recorder:
         self.hidden = False
         self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
+        # what is compared with another run; and whether each call gets tensors of its own
+        self.events: Events | None = None
+        self.apart = True
         # on the real tensors of a model the forward may look at values
         self.real = False
+        self.outside = Outside()
         # values, and the calls whose tensors they are
         self.kept: list[tuple[tuple[Record, Any], str]] = []
         self.seen: list[weakref.ref[Tensor]] = []
@@ -125,12 +71,25 @@ class Recorder:
         """Lets go of every tensor, and says which there were."""
         self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
+        self.lasting = {}
+        if self.events is not None:
+            self.events.forget()
         # the frames of its traceback hold tensors
         self.failed = None
         return self.seen
 
+    def empty(self) -> None:
+        """Takes the tensors of this run out of the dicts and lists that calls were given."""
+        for container, before in reversed(self.filled):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        self.filled = []
+
     def arguments(self, args: Any, kwargs: Any) -> None:
         """Every tensor among the arguments is an input, called as forward's signature calls it."""
+        if self.events is not None:
+            self.events.number(t for _, t in tensors((args, kwargs)))
+        self.lasting = {id(c): c for c in containers((args, kwargs))}
         for name, value in bound(self.model, args, kwargs).items():
             for path, tensor in tensors(value):
                 key = ":".join([name, *(str(p).lstrip(".") for p in path)])
@@ -142,6 +101,8 @@ class Recorder:
     def hold(self, tensor: Tensor) -> None:
         """A tensor of the model itself: it has no event, but may share memory with one that is written into."""
         self.owned.add(id(tensor))
+        if self.events is not None:
+            self.events.number([tensor])
         self.alive.append(tensor)
         self.storages.setdefault(storage(tensor), []).append(tensor)
 
@@ -150,7 +111,7 @@ class Recorder:
         self.stand_for(tensor, (record, key), self.frames[-1])
 
     def stand_for(
-        self, tensor: Tensor, value: tuple[Record, Any], frame: _Frame, past: frozenset[Passed] = NOTHING
+        self, tensor: Tensor, value: tuple[Record, Any], frame: Frame, past: frozenset[Passed] = NOTHING
     ) -> None:
         """From now on this tensor is this value, in this call."""
         self.values[id(tensor)] = value
@@ -190,7 +151,7 @@ class Recorder:
                 self.frames[depth - 2].records += self.frames[depth - 1].records
                 del self.frames[depth - 1 :]
                 raise
-            output = self.own(output)
+            output = self.own(output, args, kwargs)
             with torch._C.DisableTorchFunction():
                 self.leave(module, args, kwargs, output)
             return output
@@ -206,7 +167,7 @@ class Recorder:
         caller = self.frames[-1]
         given = [t for _, t in tensors((args, kwargs))]
         reads = [(origin, self.past(t, caller)) for t in given if (origin := self.origin(t, caller)) is not None]
-        frame = _Frame(path, index, f"{path}@{index}" if index else path, caller)
+        frame = Frame(path, index, f"{path}@{index}" if index else path, caller)
         frame.versions = {id(t): version(t) for t in given}
         frame.reads = [origin for origin, _ in reads]
         frame.past = [(origin, past) for origin, past in reads if past]
@@ -214,6 +175,8 @@ class Recorder:
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of the call that has begun, with tensors of its own as a body before it would give them."""
+        if not self.apart:
+            return args, kwargs
         frame = self.frames[-1]
         assert frame.outer is not None
         caller, own = frame.outer, dict[int, Tensor]()
@@ -242,12 +205,23 @@ class Recorder:
         memory = storage(tensor)
         return memory in self.written and len(self.storages[memory]) >= _CROWD
 
-    def own(self, output: Any) -> Any:
-        """What a module returns, with tensors of its own: those that it keeps are others than those that it returns."""
+    def own(self, output: Any, args: Any, kwargs: Any) -> Any:
+        """What a module returns, with tensors of its own: those that it keeps are others than those that it returns.
+
+        A dict or list that it was given stays the same one, as somebody else looks into it too.
+        """
+        if not self.apart:
+            return output
         frame, own = self.frames[-1], dict[int, Tensor]()
+        given = {} if isinstance(output, Tensor) else {id(c): c for c in containers((args, kwargs))}
+        for container in containers(output if given else None):
+            written = id(container) in given and type(container) in (list, dict)
+            if written and any(id(t) not in self.values for _, t in tensors(container)):
+                self.filled.append((container, container.copy()))
 
         def fresh(tensor: Tensor) -> Tensor:
-            if not can_be_viewed(tensor) or (self.made_in(tensor, frame) and self.is_crowded(tensor)):
+            crowded = self.made_in(tensor, frame) and self.is_crowded(tensor)
+            if crowded or not can_be_viewed(tensor) or id(tensor) in frame.returned:
                 return tensor
             if id(tensor) not in own:
                 own[id(tensor)] = new = another(tensor)
@@ -256,7 +230,7 @@ class Recorder:
             return own[id(tensor)]
 
         self.paused = True
-        output = replaced(output, fresh)
+        output = replaced(output, fresh, given)
         self.paused = False
         return output
 
@@ -278,12 +252,17 @@ class Recorder:
             caller.records += frame.records
             for _, tensor in outs:
                 self.returns(tensor, frame, caller)
+        for container in containers(output):
+            copied = type(container) in (list, dict)
+            if id(container) in self.lasting or (not copied and any(container is v for v in vars(module).values())):
+                found = (t for _, t in tensors(container) if self.handed_on(t, frame))
+                self.shown += [(frame.scope, self.values[id(t)], caller.scope) for t in found]
         inputs = self.float_inputs(module, args, kwargs, frame)
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
 
-    def returns(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
+    def returns(self, tensor: Tensor, frame: Frame, caller: Frame) -> None:
         """A call with calls inside returned a tensor."""
         if id(tensor) in self.values and id(tensor) not in frame.returned:
             self.ways.give(tensor, caller)
@@ -296,14 +275,22 @@ class Recorder:
         self.stand_for(tensor, value, caller, past)
         self.claims.append((frame.scope, value, past))
 
-    def made_in(self, tensor: Tensor, frame: _Frame) -> bool:
+    def handed_on(self, tensor: Tensor, frame: Frame) -> bool:
+        """Whether what a call returns was there before it."""
+        record = self.values.get(id(frame.returned.get(id(tensor), tensor)), (None,))[0]
+        while record is not None and record.op == "identity" and record.number > frame.number:
+            record = record.reads[0][0] if record.reads else None
+        return record is None or record.number < frame.number
+
+    def made_in(self, tensor: Tensor, frame: Frame) -> bool:
         """Whether an event inside this call gave the tensor."""
         value = self.values.get(id(tensor))
         return value is not None and value[0].number > frame.number
 
-    def leaf(self, module: nn.Module, frame: _Frame, caller: _Frame, outs: list[Any]) -> Record:
+    def leaf(self, module: nn.Module, frame: Frame, caller: Frame, outs: list[Any]) -> Record:
         """A call without calls inside is one node, whatever operations it was made of."""
         record = Record("module", type(module).__name__, caller.scope, frame.path, frame.index)
+        record.silent = not outs and any(inner.outs for inner in frame.records)
         record.reads += frame.reads
         record.past += frame.past
         for inner in frame.records:
@@ -323,7 +310,7 @@ class Recorder:
             self.bind(tensor, record, path)
         return record
 
-    def passed_on(self, tensor: Tensor, frame: _Frame, caller: _Frame) -> None:
+    def passed_on(self, tensor: Tensor, frame: Frame, caller: Frame) -> None:
         """A value that a module hands on, or made where no operation was seen: named as an operation of its own."""
         record = Record("op", "identity", frame.scope)
         inner = frame.returned.get(id(tensor), tensor)
@@ -331,18 +318,18 @@ class Recorder:
             record.params[self.parameters[id(inner)]] = None
         elif id(inner) in self.values:
             self.reads(record, inner, frame)
-        elif self.made_unseen(inner):
-            record.op, record.reads = "unseen", self.earlier(frame)
+        elif (unseen := self.unseen(inner, frame)) is not None:
+            record.op, record.reads = "unseen", unseen
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
 
-    def past(self, tensor: Tensor, reader: _Frame) -> frozenset[Passed]:
+    def past(self, tensor: Tensor, reader: Frame) -> frozenset[Passed]:
         """The entries and exits of modules past which a tensor came to the call that reads it."""
         value = self.values.get(id(tensor))
         return NOTHING if value is None else self.ways.past(tensor, reader, value[0].number)
 
-    def reads(self, record: Record, tensor: Tensor, frame: _Frame) -> None:
+    def reads(self, record: Record, tensor: Tensor, frame: Frame) -> None:
         """An event in a call reads a tensor that was there before the call, or an operation any tensor."""
         value = self.values.get(id(tensor))
         if value is None or (record.kind == "module" and self.made_in(tensor, frame)):
@@ -351,25 +338,34 @@ class Recorder:
         if past := self.past(tensor, frame):
             record.past.append((value, past))
 
-    def origin(self, tensor: Tensor, frame: _Frame) -> Any:
+    def origin(self, tensor: Tensor, frame: Frame) -> Any:
         """The event that gave a tensor; None for one that was there before the run."""
-        if self.made_unseen(tensor):
-            record = Record("op", "unseen", frame.scope, reads=self.earlier(frame))
+        if (reads := self.unseen(tensor, frame)) is not None:
+            record = Record("op", "unseen", frame.scope, reads=reads)
             record.outs[()] = (tuple(tensor.shape), tensor.dtype)
             self.bind(tensor, record, ())
             frame.records.append(record)
         return self.values.get(id(tensor))
 
-    def made_unseen(self, tensor: Tensor) -> bool:
-        """Whether code made it that torch does not show: inside `torch.func`, or of an extension."""
-        known = id(tensor) in self.values or id(tensor) in self.owned
-        return not known and (self.hidden or isinstance(tensor, FakeTensor))
+    def unseen(self, tensor: Tensor, frame: Frame) -> list[Any] | None:
+        """What code can have computed a tensor from that no event gave; None if it was there before the run.
 
-    def earlier(self, frame: _Frame) -> list[Any]:
+        Code of `torch.func` or of an extension reads what it finds; on real values what left torch may come back.
+        """
+        if id(tensor) in self.values or id(tensor) in self.owned:
+            return None
+        if self.hidden or isinstance(tensor, FakeTensor):
+            return self.earlier(frame)
+        if not self.real:
+            return None
+        alike = (t for t in self.storages.get(storage(tensor), ()) if id(t) in self.values and overlap(t, tensor))
+        return list(dict.fromkeys(self.values[id(t)] for t in alike)) or list(self.outside.left) or None
+
+    def earlier(self, frame: Frame) -> list[Any]:
         """All that code in this call can have read."""
         return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
 
-    def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: _Frame) -> list[tuple[str, Any]]:
+    def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: Frame) -> list[tuple[str, Any]]:
         """The float tensors among the arguments by name, without those that the forward overwrote."""
         try:
             named = by_name(self.signatures[id(module)], args, kwargs)
@@ -390,18 +386,27 @@ class Recorder:
         self.hidden |= inside
         if self.paused or inside:
             return func(*args, **kwargs)
+        if func is Tensor.__dlpack__ and not self.real:
+            # it would give memory without values
+            raise DataDependentOutputException(func)  # type: ignore[arg-type]
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
+        if self.events is not None:
+            self.events.note(self.frames[-1].scope, op_name(func), given, (*args, *kwargs.values()))
         result = func(*args, **kwargs)
         outs = list(tensors(result))
+        if self.events is not None:
+            self.events.number(t for _, t in outs)
         mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
         if len(mutated) > 1:
             mutated = _written(func, args, kwargs, mutated, outs)
         elif _replaces(func):
             mutated = [args[0]]
         if not outs and not mutated:
-            self.kept += [self.held(t) for t in given if self.real and id(t) in self.values]
+            known = [self.held(t) for t in given if self.real and id(t) in self.values]
+            self.kept += known
+            self.outside.note(op_name(func), [value for value, _ in known], result)
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
@@ -410,11 +415,13 @@ class Recorder:
                 self.reads(record, tensor, frame)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
+        if self.outside.left:
+            record.reads += self.outside.back(record.op, args, kwargs)
 
         def fresh(tensor: Tensor) -> Tensor:
             return another(tensor) if any(tensor is g for g in given) else tensor
 
-        if not mutated and any(t is g for _, t in outs for g in given):
+        if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
         memory = {storage(t): t for t in reversed(given)}

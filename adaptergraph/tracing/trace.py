@@ -12,6 +12,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
+from .calls import Made, Record
 from .fakes import Faker, clear_caches, copy_over
+from .identity import Events, asking, refuse_other_way
 from .parts import PLAIN, tensors
-from .record import Made, Operations, Record, Recorder, bound
+from .record import Operations, Recorder, bound
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -45,7 +48,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
 
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
-            has bodies already, or shares a module with one that has.
+            has bodies already, or shares a module with one that has; or it asks whether two tensors are one object, and
+            goes another way where a body would make two of them.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -54,7 +58,31 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     """
     _refuse(model)
     with uncollected():
-        return _Finish(model, recorded(model, args, kwargs, Recorder), args, kwargs).graph()
+        asked = asking(model.modules())
+        recorder = _compared(model, args, kwargs, asked) if asked else recorded(model, args, kwargs, Recorder)
+        return _Finish(model, recorder, args, kwargs).graph()
+
+
+def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Recorder:
+    """What a recorder saw, if the model does the same where each tensor is the very object it was before.
+
+    Raises:
+        GraphError: it does not.
+    """
+
+    def make(model: nn.Module, dtype: torch.dtype | None, apart: bool) -> Recorder:
+        recorder = Recorder(model, dtype)
+        recorder.events, recorder.apart = Events(), apart
+        return recorder
+
+    # what a library computes once for all runs is there in the second pair of them
+    for _ in range(2):
+        own, traced = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (False, True))
+        found = [r.events.found for r in (traced, own) if r.events is not None]
+        if found[0] == found[1]:
+            return traced
+    refuse_other_way(model, asked, *found)
+    return traced
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
@@ -223,6 +251,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
+        stack.callback(recorder.empty)
         if mode is not None:
             faked = Faker(mode, recorder.dtype)
             faked.swap(recorder.modules.values())
@@ -346,7 +375,7 @@ class _Finish:
             self.add(record, [], {})
         for record in self.recorder.root:
             self.name(record)
-            if record.outs:
+            if record.outs or record.silent:
                 reads = [self.edge(r, k) for r, k in record.reads]
                 self.add(record, reads, own.get(record.path, {}) if record.kind == "module" else {})
             for param in record.params:
@@ -382,11 +411,11 @@ class _Finish:
         record.name = f"{stem}_{count}" if count else stem
 
     def add(self, record: Record, reads: list[str], params: Mapping[str, Param]) -> None:
-        shape, dtype = record.outs[record.main]
         inputs = tuple(dict.fromkeys(r for r in reads if r != record.name))
         name = record.name or type(self.model).__name__
         record.name = name
-        self.nodes[name] = Node(record.op, inputs, name, shape, self.dtype(dtype), params=params)
+        shape, dtype = (None, None) if record.silent else record.outs[record.main]
+        self.nodes[name] = Node(record.op, inputs, name, shape, dtype and self.dtype(dtype), params=params)
         if record.kind != "input":
             self.scopes[name] = record.scope
 
@@ -441,6 +470,9 @@ class _Finish:
             if record.past:
                 read = ((record.name, value, passed) for value, past in record.past for passed in sorted(past))
                 ways.append((Counter((record.name, value) for value in record.reads), Counter(read)))
+        for scope, value, caller in self.recorder.shown:
+            if self.is_read(*value):
+                yield Aside(scope, "exit", self.edge(*value), caller)
         for reads, past in ways:
             for (reader, value, (scope, at, always)), times in past.items():
                 if self.is_read(*value) and self.may_stand(scope, at, always, value):

@@ -1,0 +1,228 @@
+"""Forwards that ask whether two tensors are one object: refused where the answer sends them another way."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from byhand import randomise
+from test_attributes import METHOD, bottleneck, linear
+from torch import nn
+
+import adaptergraph as ag
+from adaptergraph.tracing.identity import asking
+
+
+class Asking(nn.Module):
+    """Linears and a dropout, which hands its argument through in eval."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = linear(), linear(), linear()
+        self.drop = nn.Dropout(0.5)
+
+
+class Branch(Asking):
+    def forward(self, x):
+        h = self.a(x)
+        d = self.drop(h)
+        return self.b(h) if d is h else self.c(d)
+
+
+class Operation(Asking):
+    """No module in between, and both ways run the same operations."""
+
+    def forward(self, x):
+        h = self.a(x)
+        same = h.contiguous() is h
+        return self.b(h if same else x)
+
+
+class Registry(Asking):
+    def forward(self, x):
+        h = self.a(x)
+        known = {id(h): 2.0}
+        return self.b(h) * known.get(id(self.drop(h)), 3.0)
+
+
+class Weights(Asking):
+    """Only which weights are read differs."""
+
+    def forward(self, x):
+        h = self.a(x)
+        layer = self.b if self.drop(h) is h else self.c
+        return torch.nn.functional.linear(h, layer.weight)
+
+
+def one(first, second):
+    return first is second
+
+
+class Helped(Asking):
+    """Asks in a function."""
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h) if one(h, self.drop(h)) else self.c(h)
+
+
+def twice(forward):
+    """A decorator that hides what it decorates."""
+
+    def run(self, x):
+        return forward(self, x) * 2
+
+    return run
+
+
+class Decorated(Asking):
+    @twice
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h) if self.drop(h) is h else self.c(h)
+
+
+class AlsoDecorated(Asking):
+    @twice
+    def forward(self, x):
+        return self.b(x)
+
+
+class Child(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x, more):
+        return self.a(x) if x is more[0] else self.b(x)
+
+
+class Given(Asking):
+    """One tensor as an argument and in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Child()
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.child(h, [h])
+
+
+class Looking(Asking):
+    """On real tensors, as it looks at a value."""
+
+    def forward(self, x):
+        h = self.a(x) * (1.0 if x.sum().item() > 1e9 else 2.0)
+        return self.b(h) if self.drop(h) is h else self.c(h)
+
+
+REFUSED = {
+    Branch: ("linear in 'b'", "linear in 'c'", "b"),
+    Operation: ("linear in 'b'", "linear in 'b', which reads another value", "b"),
+    Registry: ("mul", "mul, which reads another value", None),
+    Weights: ("linear", "linear, which reads another value", None),
+    Helped: ("linear in 'b'", "linear in 'c'", "b"),
+    Decorated: ("linear in 'b'", "linear in 'c'", "b"),
+    Given: ("linear in 'child.a'", "linear in 'child.b'", "child.a"),
+    Looking: ("linear in 'b'", "linear in 'c'", "b"),
+}
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_a_model_that_goes_another_way_is_refused(make):
+    itself, traced, node = REFUSED[make]
+    model, x = make().eval(), torch.randn(4, 6)
+    before = {n: id(p) for n, p in model.named_parameters()}
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(model, x)
+    text = str(error.value)
+    assert (
+        f"the forward of {make.__name__} asks whether two tensors are one object, and goes another way if not" in text
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert f"by itself {itself}" in lines
+    assert f"in a trace {traced}" in lines
+    asks = next(line for line in lines if line.startswith("asks"))
+    where = {Helped: "one", Given: "Child.forward"}.get(make, f"{make.__name__}.forward")
+    assert f"asks {where}, " in asks
+    assert "test_identity.py:" in asks
+    hint = "a body makes another tensor of what a module hands through: let it ask for a setting, not `is` or id()"
+    assert f"to fix {hint}" in lines
+    assert error.value.node == node
+    assert {n: id(p) for n, p in model.named_parameters()} == before
+
+
+class Harmless(Asking):
+    """Asks, and does the same."""
+
+    def forward(self, x):
+        h = self.a(x)
+        d = self.drop(h)
+        self.same = d is h
+        return self.b(d if d is not None else x) + h
+
+
+@functools.lru_cache
+def rows(size):
+    """Computed with torch, once."""
+    return int(torch.arange(size).numel())
+
+
+class Remembers(Harmless):
+    """Its first run does more than any other."""
+
+    def forward(self, x):
+        return super().forward(x) * rows(x.shape[0])
+
+
+@pytest.mark.parametrize("make", [Harmless, Remembers])
+def test_a_model_that_asks_and_does_the_same_is_hosted(make):
+    rows.cache_clear()
+    base, x = make().eval(), torch.randn(4, 6)
+    graph = ag.trace(base, x)
+    assert graph._nodes["b"].inputs == ("drop",)
+    model = randomise(graph.splice("drop", METHOD).compile(), 2.0)
+    with torch.no_grad():
+        h = base.a(x)
+        expected = base.b(h + bottleneck(model.drop.adapter, h)) + h
+        torch.testing.assert_close(model(x), expected * (4 if make is Remembers else 1))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_attention_asks_whether_its_arguments_are_one(same):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.attention = linear(), nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.up(x)
+            return self.attention(h, h, h if same else h + 1)[0]
+
+    torch.manual_seed(0)
+    base, x = Attending().eval(), torch.randn(2, 3, 6)
+    assert asking(base.modules())
+    model = randomise(ag.trace(base, x).splice("up", METHOD).compile(), 2.0)
+    with torch.no_grad():
+        h = base.up(x)
+        h = h + bottleneck(model.up.adapter, h)
+        torch.testing.assert_close(model(x), base.attention(h, h, h if same else h + 1)[0])
+
+
+def constants(x, kind=None):
+    return x is None or kind is not True or type(x) is Asking or x is torch.float32
+
+
+def test_only_code_that_compares_variables_is_looked_at_twice():
+    assert [text.split(",")[0] for text in asking([Branch()])] == ["Branch.forward"]
+    assert asking([Asking(), linear(), nn.Dropout(), nn.BatchNorm1d(6), nn.GELU()]) == []
+    found = [text.split(",")[0] for text in asking([AlsoDecorated(), Decorated(), AlsoDecorated()])]
+    assert found == ["Decorated.forward"]
+    host = Asking()
+    host.forward = constants
+    assert asking([host]) == []
+    host.forward = functools.partial(one, 1)
+    assert [text.split(",")[0] for text in asking([host])] == ["one"]
