@@ -157,20 +157,8 @@ class Graph(Verbs):
     @cached_property
     def selectable(self) -> tuple[str, ...]:
         """Every name a selector can reach: nodes, and the modules and containers of an imported model."""
-        names = dict.fromkeys(self._nodes)
-        if self.imported is not None:
-            names.update(dict.fromkeys(p for p in self.imported.modules if p))
-            several = {path for path, module in self.imported.modules.items() if len(module.calls) > 1}
-            firsts = (n for n in self.imported.scopes if "@" not in n and path_of(n) in several)
-            names.update((name.replace("/", "@0/"), None) for name in firsts)
-            for path, module in self.imported.modules.items():
-                for i, call in enumerate(module.calls if path else ()):
-                    places = [path, f"{path}@{i}"] if path in several else [path]
-                    names.update(dict.fromkeys(places))
-                    names.update((f"{place}:{label}", None) for place in places for label, _, _ in call.parts)
-        else:
-            names.update(dict.fromkeys(self.containers))
-        return tuple(names)
+        more = self.containers if self.imported is None else self.imported.names()
+        return tuple(dict.fromkeys((*self._nodes, *more)))
 
     @cached_property
     def containers(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:

@@ -99,6 +99,19 @@ class Imported:
         _, at, index = scope.partition("@")
         return self.modules[path_of(scope)].calls[int(index) if at else 0]
 
+    def names(self) -> Iterator[str]:
+        """Every name that `values` knows beside the nodes' own: modules, calls, outputs, operations of a first call."""
+        yield from filter(None, self.modules)
+        several = {path for path, module in self.modules.items() if len(module.calls) > 1}
+        for name in self.scopes:
+            if "@" not in name and path_of(name) in several:
+                yield name.replace("/", "@0/")
+        for path, module in self.modules.items():
+            for i, call in enumerate(module.calls if path else ()):
+                for place in (path, f"{path}@{i}") if path in several else (path,):
+                    yield place
+                    yield from (f"{place}:{label}" for label, _, _ in call.parts)
+
     def values(self, name: str) -> tuple[str, ...] | None:
         """What a module or an operation of its forward gives, at every call; None if the name is none of these.
 

@@ -377,10 +377,10 @@ def _refuse_child(owner: nn.Module, part: str, node: Node, parent: Node | None) 
 
 
 def _outside(graph: Graph, body: str) -> list[str]:
-    """What a body reads from outside, the value it replaces first."""
+    """The value that a body replaces, and what else it reads from outside."""
     nodes = [n for n in graph.nodes() if n.body == body and "@" not in (n.name or "")]
-    values = dict.fromkeys(i for n in nodes for i in n.inputs if graph._nodes[i].body != body)
-    return sorted(values, key=lambda v: v != graph.bodies[body].calls[0][0])
+    read = (i for n in nodes for i in n.inputs if graph._nodes[i].body != body)
+    return list(dict.fromkeys([graph.bodies[body].calls[0][0], *read]))
 
 
 def _arrives_as(graph: Graph, node: Node) -> torch.dtype | None:

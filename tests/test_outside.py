@@ -112,7 +112,7 @@ def test_what_does_not_come_back_is_read_by_nobody():
     graph = ag.trace(base, x)
     assert "a" not in above(graph, "o")
     # somebody looks at the number, and may do something with it
-    graph.splice("a", METHOD).compile()(x)
+    graph.splice("a", METHOD).compile(inplace=True)(x)
 
 
 def test_a_model_without_values_says_so():

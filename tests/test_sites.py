@@ -3,6 +3,8 @@
 What the model computes then is compared with a forward written by hand in test_matrix.py.
 """
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from byhand import randomise
@@ -650,3 +652,15 @@ def test_a_dead_value_that_another_body_reads_is_a_place():
     with torch.no_grad():
         one, other = (randomise(g.compile())(x) for g in (tapped, both))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_body_that_reads_nothing_of_its_host_takes_its_place(declared):
+    base = nn.Sequential(OrderedDict(one=nn.Linear(4, 5), two=nn.Linear(5, 4)))
+    x = torch.randn(2, 4)
+    graph = ag.trace(base, x)
+    if declared:
+        first = ag.dense(ag.input("x", shape=("batch", 4)), 5, name="one")
+        graph = ag.Graph(ag.dense(first, 4, name="two"))
+    model = randomise(graph.splice("two", lambda site: ag.dense(site.graph["one"], 4, name="own")).compile())
+    assert torch.equal(model(x), model.get_submodule("two.adapter.own")(model.one(x)))
