@@ -61,7 +61,8 @@ def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
             way = "make it a bound method of its module" if key == "forward" else "put it on the compiled model instead"
             raise GraphError(
                 f"the model cannot be copied: {path or type(model).__name__}.{key} "
-                f"{'holds' if key.endswith('_hooks') else 'is'} a function over the model itself",
+                f"{'is' if isinstance(function, _FUNCTIONS) and not key.endswith('_hooks') else 'holds'} "
+                "a function over the model itself",
                 node=path,
                 sides=[(getattr(function, "__qualname__", type(function).__name__), f"reads {read!r}")],
                 source=here(),
@@ -70,16 +71,19 @@ def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What was put on a module and may run or be read in its forward: functions, references, hooks of any kind."""
+    """What was put on a module and may run or be read in its forward: functions, references, hooks, lists of them."""
     for key, value in vars(module).items():
         if key.endswith("_hooks") and isinstance(value, dict):
             # torch packs some of them
             yield from ((key.strip("_"), vars(h)["hook"] if isinstance(h, _WrappedHook) else h) for h in value.values())
-        elif isinstance(value, _FUNCTIONS) and (key == "forward" or key not in dir(nn.Module)):
+        elif key == "forward" or (isinstance(value, (*_FUNCTIONS, *_HOLDERS)) and key not in _TORCHS_OWN):
             yield key, value
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
+# a copy of one of these holds copies of modules and tensors, but the functions themselves
+_HOLDERS = (list, tuple, set, dict)
+_TORCHS_OWN = {*dir(nn.Module), *vars(nn.Module())}
 
 
 def _of_autograd(values: Tensor) -> Tensor:

@@ -361,13 +361,51 @@ def test_every_kind_of_hook_is_looked_at(kind):
     [
         lambda model: setattr(model, "act", lambda x: model.b(x)),
         lambda model: setattr(model.a, "act", weakref.ref(model)),
+        lambda model: setattr(model, "act", [("b", lambda x: model.b(x))]),
+        lambda model: setattr(model.a, "act", {"b": [functools.partial(lambda m, x: m(x), weakref.ref(model))]}),
     ],
-    ids=["a function", "a reference"],
+    ids=["a function", "a reference", "a list", "a dict"],
 )
 def test_an_attribute_over_the_model_itself_is_no_copy(put):
     model = Keeping(put)
-    with says("act is a function over the model itself", "reads 'Keeping'"):
+    with says("act ", "a function over the model itself", "reads 'Keeping'"):
         ag.trace(model, torch.ones(1, 4)).splice("a", METHOD).compile()
+
+
+def test_a_list_of_functions_over_the_model_is_run_where_it_is_attached_in_place():
+    class Steps(Keeping):
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    model = Steps(lambda model: setattr(model, "steps", [lambda x: model.a(x), torch.relu, model.b.forward]))
+    x = torch.randn(2, 4)
+    graph = ag.trace(model, x).splice("a", METHOD)
+    with says("the model cannot be copied: Steps.steps holds a function over the model itself", "inplace=True"):
+        graph.compile()
+    expected = torch.relu(
+        byhand.randomise(graph.compile(inplace=True)).a.adapter(
+            torch.nn.functional.linear(x, model.a.weight, model.a.bias)
+        )
+    )
+    assert torch.equal(model(x), model.b(expected))
+
+
+def test_lists_that_a_copy_takes_along_go_on_working():
+    """Modules, bound methods and functions of others in a list are no reason to refuse."""
+
+    class Steps(Keeping):
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    model = Steps(lambda model: setattr(model, "steps", [model.a, torch.relu, lambda x: x * 2, model.b.forward]))
+    x = torch.randn(2, 4)
+    adapted = byhand.randomise(ag.trace(model, x).splice("a", METHOD).compile())
+    h = adapted.a.adapter(torch.nn.functional.linear(x, model.a.weight, model.a.bias))
+    assert torch.equal(adapted(x), model.b(torch.relu(h) * 2))
 
 
 def test_hooks_that_a_copy_takes_along_go_on_working():
