@@ -42,11 +42,33 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise _uncopied(model, error) from error
+    _refuse_other_values(model, copied, memo)
     _refuse_foreign_functions(model, copied)
     for module in copied.modules():
         if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
             module.register_load_state_dict_pre_hook(unshare)
     return copied
+
+
+def _refuse_other_values(model: nn.Module, copied: nn.Module, memo: Mapping[int, Any]) -> None:
+    """A module may copy itself: as the very same module, as one made anew, or with values of its own."""
+    own, values = {id(m): n for n, m in model.named_modules()}, values_of(copied)
+    same = [own[id(m)] for m in copied.modules() if id(m) in own]
+    other = [n for n, v in values_of(model).items() if n not in values or values[n] is not memo.get(id(v))]
+    if not same and not other:
+        return
+    path = same[0] if same else other[0].rpartition(".")[0]
+    while not same and path and id(model.get_submodule(path)) not in memo:
+        # a module around it made it
+        path = path.rpartition(".")[0]
+    cls = type(model.get_submodule(path)).__name__
+    raise GraphError(
+        f"the model cannot be copied: {path or cls} ({cls}) copies itself in a way of its own",
+        node=path,
+        sides=[("in the copy", "it is the module of the model itself" if same else f"{other[0]!r} is another value")],
+        source=here(),
+        hint="attach to the model itself: graph.compile(inplace=True)",
+    )
 
 
 def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
