@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
+import byhand
 import pytest
 import torch
 from models import CASES, WIDTH, Block, snapshot, stack
@@ -179,6 +181,23 @@ def test_an_fx_graph_module_as_host():
     graph = ag.trace(model, torch.ones(1, WIDTH))
     refused(graph.splice("0", METHOD), model, "'0' is an fx.GraphModule", "splice at a module inside it")
     graph.splice("0.down", METHOD).compile()
+
+
+def test_a_child_that_torch_compile_wrapped():
+    """Its wrapper is made anew by each copy; the module inside it is a host like any other."""
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 4)).eval()
+    x = torch.randn(3, 4)
+    graph = ag.trace(model, x)
+    lines = ("'1' went through torch.compile", "written at  test_hosted_errors.py", "'1._orig_mod'")
+    refused(graph.splice("1", METHOD), model, *lines)
+    tapped = graph.splice("2", lambda site: site.output + site.graph["1"]).compile()
+    assert torch.equal(copy.deepcopy(tapped)(x), model(x) + model[1](model[0](x)))
+    adapted = byhand.randomise(graph.splice("1._orig_mod", METHOD).compile())
+    expected = model[2](adapted[1]._orig_mod.adapter(nn.functional.linear(model[0](x), model[1].weight, model[1].bias)))
+    assert torch.equal(adapted(x), expected)
+    assert torch.equal(copy.deepcopy(adapted)(x), expected)
+    again = graph.splice("1._orig_mod", METHOD).compile(state=ag.adapter_state(adapted))
+    assert torch.equal(again(x), expected)
 
 
 class Changing(nn.Module):

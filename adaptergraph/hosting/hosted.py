@@ -19,10 +19,11 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import BadSplice, GraphError
+from ..errors import BadSplice, GraphError, here
 from . import frames
 from .frames import Key, Token
 from .program import PLAN, SELF, Program
@@ -132,7 +133,7 @@ def refuse_host(module: nn.Module, name: str) -> None:
     Raises:
         BadSplice: and names the module.
     """
-    refuse_graph_module(module, name)
+    refuse_remade(module, name)
     cls = _ORIGINAL.get(type(module), type(module))
     waiting, seen = ["forward", "__iter__"], set(dir(nn.Module)) - {"forward"}
     while waiting:
@@ -146,22 +147,31 @@ def refuse_host(module: nn.Module, name: str) -> None:
             raise BadSplice(
                 f"{name!r} ({cls.__name__}) runs whatever children it has: a body would be one more of them",
                 node=name,
+                source=here(),
                 hint="splice at its last child",
             )
         waiting += names
 
 
-def refuse_graph_module(module: nn.Module, name: str) -> None:
-    """Refuses a module whose forward is written anew with each copy.
+def refuse_remade(module: nn.Module, name: str) -> None:
+    """Refuses a module that is made anew with each copy, without what was put on it.
 
     Raises:
         BadSplice: and names the module.
     """
     cls = _ORIGINAL.get(type(module), type(module))
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise BadSplice(
+            f"{name!r} went through torch.compile, which wraps it anew when it is copied: a body would be lost",
+            node=name,
+            source=here(),
+            hint=f"name the module inside it: {f'{name}._orig_mod'!r}",
+        )
     if isinstance(module, fx.GraphModule) and cls.__deepcopy__ is fx.GraphModule.__deepcopy__:  # type: ignore[attr-defined]
         raise BadSplice(
             f"{name!r} is an fx.GraphModule, which writes its forward anew when it is copied: a body would be lost",
             node=name,
+            source=here(),
             hint="splice at a module inside it",
         )
 

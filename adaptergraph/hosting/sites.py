@@ -36,8 +36,8 @@ from .hosted import (
     hosted_class,
     keep_frozen_statistics,
     plan_of,
-    refuse_graph_module,
     refuse_host,
+    refuse_remade,
 )
 from .lowering import lowered
 from .program import PLAN, Program, Unlowered
@@ -68,7 +68,7 @@ def attach(
         _check_owner(model, body)
     routes = routes_of(graph, model) if graph.bodies else {}
     for path in routes:
-        refuse_graph_module(model.get_submodule(path), path)
+        refuse_remade(model.get_submodule(path), path)
         hosted_class(type(model.get_submodule(path)))
     programs = _programs(model, graph, {p: r.operations for p, r in routes.items() if r.operations})
     made = {
