@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .parts import PLAIN, replaced, tensors
+from .walks import Walks
 from .ways import NOTHING, Passed, Ways
 
 _numbers = itertools.count()
@@ -106,6 +107,7 @@ class Recorder:
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
+        self.walks = Walks()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
@@ -163,6 +165,7 @@ class Recorder:
         So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
         """
         known: dict[int, inspect.Signature] = {}
+        self.walks.watch(self.modules)
         for module in self.modules.values():
             forward = module.forward
             function = id(getattr(forward, "__func__", forward))
@@ -199,6 +202,7 @@ class Recorder:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run."""
         path = self.paths[id(module)]
+        self.walks.used(module)
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
@@ -402,6 +406,8 @@ class Recorder:
         if not outs and not mutated:
             self.kept += [self.values[id(t)] for t in given if self.real and id(t) in self.values]
             return result
+        if self.walks.under_way:
+            list(map(self.walks.used, given))
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         for tensor in given:
