@@ -69,7 +69,7 @@ def attach(
     routes = routes_of(graph, model) if graph.bodies else {}
     for path in routes:
         refuse_remade(model.get_submodule(path), path)
-        hosted_class(type(model.get_submodule(path)))
+        hosted_class(type(model.get_submodule(path)), name=path)
     programs = _programs(model, graph, {p: r.operations for p, r in routes.items() if r.operations})
     made = {
         name: lower(
