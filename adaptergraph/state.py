@@ -151,12 +151,15 @@ def _uncopied(model: nn.Module, error: Exception) -> GraphError:
             try:
                 copy.deepcopy(value, {id(m): m for m in model.modules()})
             except Exception:
+                computed = isinstance(value, Tensor) and not value.is_leaf
+                first = "call the model once in torch.no_grad(), if that computes it anew, " if computed else ""
                 return GraphError(
                     f"the model cannot be copied: {path or type(model).__name__}.{key} ({type(value).__name__})",
                     node=path,
                     sides=[("copy says", str(error).splitlines()[0])],
                     source=here(),
-                    hint="clear that attribute, or attach to the model itself: graph.compile(inplace=True)",
+                    hint=f"{first}{'or ' * computed}clear that attribute, or attach to the model itself: "
+                    "graph.compile(inplace=True)",
                 )
     return GraphError(f"the model cannot be copied: {error}", source=here(), hint="graph.compile(inplace=True)")
 

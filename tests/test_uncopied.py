@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import WIDTH, snapshot, stack
 from torch import nn
+from torch.nn.utils import prune
 
 import adaptergraph as ag
 
@@ -34,12 +35,36 @@ def test_a_cached_tensor_that_cannot_be_copied_is_named():
     assert graph.compile(inplace=True) is model
 
 
-def test_the_old_weight_norm_is_named():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.weight_norm(nn.Linear(4, 4)))
-    graph = ag.trace(model, torch.ones(1, 4)).splice("0", METHOD)
-    model(torch.ones(1, 4))
-    with says("the model cannot be copied: 1.weight (Tensor)"):
+COMPUTED = {
+    "weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral_norm": lambda layer: nn.utils.spectral_norm(layer),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_that_is_computed_in_each_call_is_named_with_a_way_out(way):
+    """Torch copies no tensor with a gradient; one that was computed without is computed anew with one."""
+    model, x = nn.Sequential(nn.Linear(4, 4), COMPUTED[way](nn.Linear(4, 4))).eval(), torch.randn(3, 4)
+    model(x)
+    graph = ag.trace(model, x).splice("0", METHOD).unfreeze("1")
+    with says(
+        "the model cannot be copied: 1.weight (Tensor)", "to fix      call the model once in torch.no_grad(), if"
+    ):
         graph.compile()
+    with torch.no_grad():
+        expected = model(x)
+    adapted = graph.compile().eval()
+    assert torch.equal(adapted(x), expected)
+    twin = copy.deepcopy(model)
+    byhand.randomise(adapted)
+    hand = twin[1](adapted[0].adapter(nn.functional.linear(x, twin[0].weight, twin[0].bias)))
+    assert torch.equal(adapted(x), hand)
+    adapted(x).pow(2).sum().backward()
+    hand.pow(2).sum().backward()
+    for name, parameter in twin[1].named_parameters():
+        assert torch.equal(adapted[1].get_parameter(name).grad, parameter.grad), name
+        assert parameter.grad.abs().sum() > 0
 
 
 def test_a_forward_over_the_model_itself_is_no_copy():
