@@ -2,5 +2,6 @@
 
 `trace` runs the model on `fakes` of its tensors and makes a graph of what `record` saw: each module and operation, and
 which tensor came from which. `parts` finds the tensors in a structure, `memory` says which of them show the same
-elements, and `ways` which entries and exits of modules a value passed before it was read.
+elements, `ways` which entries and exits of modules a value passed before it was read, and `walks` over which modules
+the forward walked.
 """
