@@ -76,6 +76,8 @@ class Imported:
         asides: which values came to their readers past the entry or exit of a module.
         kept: values that somebody may read beside the model's outputs: held on an attribute or in an object when the
             forward had returned, or looked at as numbers; and for each the call whose tensor that is.
+        walked: modules over whose children, or if true over all that is at or below them, a forward walks, and computes
+            with what it finds.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
         given: the arguments of the traced call themselves; None for a graph from a file.
@@ -90,6 +92,7 @@ class Imported:
     scopes: Mapping[str, str] = field(default_factory=dict)
     asides: tuple[Aside, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
+    walked: Mapping[str, bool] = field(default_factory=dict)
     example: Any = None
     given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)
@@ -138,6 +141,11 @@ class Imported:
     def past(self, scope: str, at: str, value: str) -> list[Aside]:
         """Who reads a value past the entry or exit of a call."""
         return [a for a in self.asides if a.scope == scope and a.at == at and a.value in (value, None)]
+
+    def walked_over(self, path: str) -> str | None:
+        """The module over which a forward walks and comes to what is a child of this one; None if it comes to none."""
+        above = (p for p, deep in self.walked.items() if deep and f"{path}.".startswith(f"{p}." if p else ""))
+        return path if path in self.walked else next(above, None)
 
     def around(self, scope: str) -> Iterator[str]:
         """A call, the call that made it, and so on up to the model's own, which is `""`."""

@@ -42,11 +42,33 @@ def shared_copy(model: nn.Module, trained: Mapping[str, bool]) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise _uncopied(model, error) from error
+    _refuse_other_values(model, copied, memo)
     _refuse_foreign_functions(model, copied)
     for module in copied.modules():
         if any(getattr(p, _SHARED, False) for p in module._parameters.values() if p is not None):
             module.register_load_state_dict_pre_hook(unshare)
     return copied
+
+
+def _refuse_other_values(model: nn.Module, copied: nn.Module, memo: Mapping[int, Any]) -> None:
+    """A module may copy itself: as the very same module, as one made anew, or with values of its own."""
+    own, values = {id(m): n for n, m in model.named_modules()}, values_of(copied)
+    same = [own[id(m)] for m in copied.modules() if id(m) in own]
+    other = [n for n, v in values_of(model).items() if n not in values or values[n] is not memo.get(id(v))]
+    if not same and not other:
+        return
+    path = same[0] if same else other[0].rpartition(".")[0]
+    while not same and path and id(model.get_submodule(path)) not in memo:
+        # a module around it made it
+        path = path.rpartition(".")[0]
+    cls = type(model.get_submodule(path)).__name__
+    raise GraphError(
+        f"the model cannot be copied: {path or cls} ({cls}) copies itself in a way of its own",
+        node=path,
+        sides=[("in the copy", "it is the module of the model itself" if same else f"{other[0]!r} is another value")],
+        source=here(),
+        hint="attach to the model itself: graph.compile(inplace=True)",
+    )
 
 
 def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
@@ -61,7 +83,8 @@ def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
             way = "make it a bound method of its module" if key == "forward" else "put it on the compiled model instead"
             raise GraphError(
                 f"the model cannot be copied: {path or type(model).__name__}.{key} "
-                f"{'holds' if key.endswith('_hooks') else 'is'} a function over the model itself",
+                f"{'is' if isinstance(function, _FUNCTIONS) and not key.endswith('_hooks') else 'holds'} "
+                "a function over the model itself",
                 node=path,
                 sides=[(getattr(function, "__qualname__", type(function).__name__), f"reads {read!r}")],
                 source=here(),
@@ -70,16 +93,19 @@ def _refuse_foreign_functions(model: nn.Module, copied: nn.Module) -> None:
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What was put on a module and may run or be read in its forward: functions, references, hooks of any kind."""
+    """What was put on a module and may run or be read in its forward: functions, references, hooks, lists of them."""
     for key, value in vars(module).items():
         if key.endswith("_hooks") and isinstance(value, dict):
             # torch packs some of them
             yield from ((key.strip("_"), vars(h)["hook"] if isinstance(h, _WrappedHook) else h) for h in value.values())
-        elif isinstance(value, _FUNCTIONS) and (key == "forward" or key not in dir(nn.Module)):
+        elif key == "forward" or (isinstance(value, (*_FUNCTIONS, *_HOLDERS)) and key not in _TORCHS_OWN):
             yield key, value
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, weakref.ref)
+# a copy of one of these holds copies of modules and tensors, but the functions themselves
+_HOLDERS = (list, tuple, set, dict)
+_TORCHS_OWN = {*dir(nn.Module), *vars(nn.Module())}
 
 
 def _of_autograd(values: Tensor) -> Tensor:
@@ -125,12 +151,15 @@ def _uncopied(model: nn.Module, error: Exception) -> GraphError:
             try:
                 copy.deepcopy(value, {id(m): m for m in model.modules()})
             except Exception:
+                computed = isinstance(value, Tensor) and not value.is_leaf
+                first = "call the model once in torch.no_grad(), if that computes it anew, " if computed else ""
                 return GraphError(
                     f"the model cannot be copied: {path or type(model).__name__}.{key} ({type(value).__name__})",
                     node=path,
                     sides=[("copy says", str(error).splitlines()[0])],
                     source=here(),
-                    hint="clear that attribute, or attach to the model itself: graph.compile(inplace=True)",
+                    hint=f"{first}{'or ' * computed}clear that attribute, or attach to the model itself: "
+                    "graph.compile(inplace=True)",
                 )
     return GraphError(f"the model cannot be copied: {error}", source=here(), hint="graph.compile(inplace=True)")
 

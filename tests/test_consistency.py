@@ -209,6 +209,7 @@ IMPORTED = [
     (lambda d: call(d, "lstm").update(output=None), "the call 'lstm' gives nothing at .0."),
     (lambda d: call(d, "fc").update(path=[0]), "the call 'fc' gives 'fc' at .0., and its parts say otherwise"),
     # what came past a call
+    (lambda d: d["imported"]["walked"].update({"nowhere": True}), "walked: 'nowhere' is no module"),
     (lambda d: d["imported"]["asides"].append(["nowhere", "exit", "fc", "/add", True]), "asides: 'nowhere' is no call"),
     (
         lambda d: d["imported"]["asides"].append(["fc", "exit", "none", "/add", True]),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import re
-import weakref
 
 import byhand
 import pytest
@@ -184,6 +183,23 @@ def test_an_fx_graph_module_as_host():
     graph.splice("0.down", METHOD).compile()
 
 
+def test_a_child_that_torch_compile_wrapped():
+    """Its wrapper is made anew by each copy; the module inside it is a host like any other."""
+    model = nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 4)).eval()
+    x = torch.randn(3, 4)
+    graph = ag.trace(model, x)
+    lines = ("'1' went through torch.compile", "written at  test_hosted_errors.py", "'1._orig_mod'")
+    refused(graph.splice("1", METHOD), model, *lines)
+    tapped = graph.splice("2", lambda site: site.output + site.graph["1"]).compile()
+    assert torch.equal(copy.deepcopy(tapped)(x), model(x) + model[1](model[0](x)))
+    adapted = byhand.randomise(graph.splice("1._orig_mod", METHOD).compile())
+    expected = model[2](adapted[1]._orig_mod.adapter(nn.functional.linear(model[0](x), model[1].weight, model[1].bias)))
+    assert torch.equal(adapted(x), expected)
+    assert torch.equal(copy.deepcopy(adapted)(x), expected)
+    again = graph.splice("1._orig_mod", METHOD).compile(state=ag.adapter_state(adapted))
+    assert torch.equal(again(x), expected)
+
+
 class Changing(nn.Module):
     """Returns a tuple at first and a tensor later."""
 
@@ -213,192 +229,6 @@ def test_another_structure_than_in_the_traced_call_is_an_error_when_it_happens()
     adapted(torch.ones(2, 4), more=False)
     with says("returned a tensor where it returned a structure when it was traced", "trace it with the arguments"):
         adapted(torch.ones(2, 4), more=True)
-
-
-# ---------------------------------------------------------------------- models that cannot be copied
-
-
-def test_a_cached_tensor_that_cannot_be_copied_is_named():
-    model = stack()
-    graph = ag.trace(model, torch.ones(1, 8)).splice("0", METHOD)
-    model[2].last = model[0].weight * 2
-    before = snapshot(model)
-    with says("the model cannot be copied: 2.last (Tensor)", "copy says", "graph.compile(inplace=True)"):
-        graph.compile()
-    assert snapshot(model) == before
-    assert graph.compile(inplace=True) is model
-
-
-def test_the_old_weight_norm_is_named():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.weight_norm(nn.Linear(4, 4)))
-    graph = ag.trace(model, torch.ones(1, 4)).splice("0", METHOD)
-    model(torch.ones(1, 4))
-    with says("the model cannot be copied: 1.weight (Tensor)"):
-        graph.compile()
-
-
-def test_a_forward_over_the_model_itself_is_no_copy():
-    model = stack().eval()
-    inner = model[2]
-    old = inner.forward
-    inner.forward = lambda x: old(x) * 2
-    graph = ag.trace(model, torch.ones(1, 8)).splice("2.down", METHOD)
-    before = snapshot(model)
-    with says("the model cannot be copied: 2.forward is a function over the model itself", "inplace=True"):
-        graph.compile()
-    assert snapshot(model) == before
-    x = torch.randn(1, 8)
-    expected = model(x)
-    adapted = graph.compile(inplace=True)
-    assert torch.equal(adapted(x), expected)
-    with torch.no_grad():
-        adapted[2].down.adapter.up.bias.fill_(1.0)
-    assert not torch.equal(adapted(x), expected)
-    ag.detach(adapted)
-    assert snapshot(model) == before
-
-
-class Keeping(nn.Module):
-    """What a function put on it reads, its forward computes with."""
-
-    def __init__(self, put=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4))
-        self.register_buffer("shift", torch.randn(4))
-        self.kept = {}
-        if put is not None:
-            put(self)
-
-    def forward(self, x):
-        return self.b(self.a(x)) * self.scale + self.kept.get("a", 0)
-
-
-def keeping(model):
-    return lambda m, args, out: model.kept.__setitem__("a", out.detach())
-
-
-def reads(model):
-    """Functions that reach a model or a part of it, by each way there is."""
-    layers, named, ref = [model.b], {"b": model.b}, weakref.ref(model)
-    helper = lambda x: model.b(x)  # noqa: E731
-
-    def by_default(m, args, out, own=model.b):
-        return own(out)
-
-    return {
-        "the model": (keeping(model), "'Keeping'"),
-        "a module": (lambda m, args, out, inner=None: helper(out), "'Keeping'"),
-        "a list": (lambda m, args, out: layers[0](out), "'b'"),
-        "a dict": (lambda m, args, out: named["b"](out), "'b'"),
-        "a weak reference": (lambda m, args, out: ref().b(out), "'Keeping'"),
-        "a default": (by_default, "'b'"),
-        "a parameter": ((lambda w: lambda m, args, out: out * w)(model.scale), "'scale'"),
-        "a buffer": ((lambda w: lambda m, args, out: out + w)(model.shift), "'shift'"),
-        "a partial": (functools.partial(lambda f, m, args, out: f(out), helper), "'Keeping'"),
-        "a global": (over_a_global, "'Keeping'"),
-    }
-
-
-def over_a_global(m, args, out):
-    # also below another function
-    return next(GLOBAL["model"].b(value) for value in [out])
-
-
-GLOBAL = {}
-
-
-@pytest.mark.parametrize("way", reads(Keeping()))
-def test_a_hook_over_the_model_itself_is_no_copy(way):
-    model = Keeping()
-    GLOBAL["model"] = model
-    hook, read = reads(model)[way]
-    model.a.register_forward_hook(hook)
-    x = torch.randn(2, 4)
-    expected = model(x)
-    graph = ag.trace(model, x).splice("a", METHOD)
-    before = snapshot(model)
-    with says(
-        "the model cannot be copied: a.forward_hooks holds a function over the model itself",
-        f"reads {read}",
-        "written at  test_hosted_errors.py",
-        "to fix      put it on the compiled model instead, or attach to the model itself: graph.compile(inplace=True)",
-    ):
-        graph.compile()
-    assert snapshot(model) == before
-    assert torch.equal(graph.compile(inplace=True)(x), expected)
-    ag.detach(model)
-    model.a._forward_hooks.clear()
-    graph.compile()
-
-
-KINDS_OF_HOOKS = {
-    "forward_pre_hooks": lambda m, hook: m.b.register_forward_pre_hook(hook),
-    "forward_pre_hooks with keywords": lambda m, hook: m.b.register_forward_pre_hook(hook, with_kwargs=True),
-    "forward_hooks with keywords": lambda m, hook: m.b.register_forward_hook(hook, with_kwargs=True, always_call=True),
-    "backward_hooks": lambda m, hook: m.b.register_full_backward_hook(hook),
-    "backward_pre_hooks": lambda m, hook: m.b.register_full_backward_pre_hook(hook),
-    "state_dict_hooks": lambda m, hook: m.b.register_state_dict_post_hook(hook),
-    "state_dict_pre_hooks": lambda m, hook: m.b.register_state_dict_pre_hook(hook),
-    "load_state_dict_pre_hooks": lambda m, hook: m.b.register_load_state_dict_pre_hook(hook),
-    "load_state_dict_post_hooks": lambda m, hook: m.b.register_load_state_dict_post_hook(hook),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS_OF_HOOKS)
-def test_every_kind_of_hook_is_looked_at(kind):
-    model = Keeping()
-    graph = ag.trace(model, torch.ones(1, 4)).splice("a", METHOD)
-    handle = KINDS_OF_HOOKS[kind](model, lambda *args: model.kept.clear())
-    with says(f"the model cannot be copied: b.{kind.partition(' ')[0]} holds a function over the model itself"):
-        graph.compile()
-    handle.remove()
-    graph.compile()
-
-
-@pytest.mark.parametrize(
-    "put",
-    [
-        lambda model: setattr(model, "act", lambda x: model.b(x)),
-        lambda model: setattr(model.a, "act", weakref.ref(model)),
-    ],
-    ids=["a function", "a reference"],
-)
-def test_an_attribute_over_the_model_itself_is_no_copy(put):
-    model = Keeping(put)
-    with says("act is a function over the model itself", "reads 'Keeping'"):
-        ag.trace(model, torch.ones(1, 4)).splice("a", METHOD).compile()
-
-
-def test_hooks_that_a_copy_takes_along_go_on_working():
-    """As in torch's own copy: bound methods and callable objects are copied, other functions are the same."""
-
-    class Adding:
-        def __init__(self, model):
-            self.model = model
-
-        def __call__(self, m, args, out):
-            return out + self.model.scale
-
-    class Own(Keeping):
-        def double(self, m, args, out):
-            return out * self.scale
-
-    seen = []
-    model = Own()
-    model.a.register_forward_hook(model.double)
-    model.b.register_forward_hook(Adding(model))
-    model.b.register_forward_hook(lambda m, args, out: seen.append(type(m)))
-    x = torch.randn(2, 4)
-    adapted = byhand.randomise(ag.trace(model, x).splice("b", METHOD).unfreeze("scale").compile())
-    with torch.no_grad():
-        adapted.scale.mul_(-3)
-    seen.clear()
-    h = adapted.a.forward(x) * adapted.scale
-    hand = (adapted.b.adapter(nn.functional.linear(h, model.b.weight, model.b.bias)) + adapted.scale) * adapted.scale
-    assert torch.equal(adapted(x), hand)
-    assert seen == [type(adapted.b)]
-    assert not torch.equal(adapted.scale, model.scale)
 
 
 # ---------------------------------------------------------------------- the wrong model

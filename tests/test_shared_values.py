@@ -159,6 +159,38 @@ def test_the_ways_out_for_what_writes_without_a_gradient(write, way):
     assert not torch.equal(model.a.weight, base.a.weight)
 
 
+@pytest.mark.parametrize("write", WRITES)
+def test_what_writes_without_a_gradient_writes_into_the_base(write):
+    """As the README says: the two are one memory."""
+    base = Net()
+    model = ag.trace(base, X).splice("a", ag.Bottleneck(2)).compile()
+    before, own = base.a.weight.detach().clone(), {n: v.clone() for n, v in model.a.adapter.state_dict().items()}
+    with torch.no_grad():
+        WRITES[write](model.a)
+    assert not torch.equal(base.a.weight, before)
+    assert torch.equal(base.a.weight, model.a.weight)
+    assert all(torch.equal(v, own[n]) for n, v in model.a.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.to(torch.float64),
+        lambda m: m.load_state_dict({}, strict=False),
+        lambda m: m.to("meta"),
+    ],
+)
+def test_a_conversion_never_reaches_the_base(convert):
+    base = Net()
+    before = snapshot(base)
+    model = ag.trace(base, X).splice("a", ag.Bottleneck(2)).compile()
+    convert(model)
+    with torch.no_grad():
+        model.a.weight.add_(1)
+    assert snapshot(base) == before
+
+
 def test_a_compiled_model_is_forgotten_with_its_parameters():
     model = ag.trace(Net(), X).splice("a", ag.Bottleneck(2)).compile().requires_grad_(True)
     loss(model).backward()

@@ -19,10 +19,11 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..errors import BadSplice, GraphError
+from ..errors import BadSplice, GraphError, here
 from . import frames
 from .frames import Key, Token
 from .program import PLAN, SELF, Program
@@ -70,15 +71,14 @@ def host(module: nn.Module, mixin: type = object) -> Plan:
     """Swaps the class of a module, once, and returns its plan; with a mixin its class has these methods too."""
     plan = plan_of(module)
     if plan is None:
-        # python refuses the class of some modules; nothing is changed then
-        module.__class__ = hosted_class(type(module), mixin)
+        _give_class(module, hosted_class(type(module), mixin))
         plan = module.__dict__[PLAN] = Plan()
         own = replaced_forward(module)
         module.__dict__.pop("forward", None)
         if own is not None:
             module.__dict__[INNER] = own
     elif mixin is not object:
-        module.__class__ = hosted_class(_ORIGINAL[type(module)], mixin)
+        _give_class(module, hosted_class(_ORIGINAL[type(module)], mixin))
     return plan
 
 
@@ -93,10 +93,15 @@ def replaced_forward(module: nn.Module) -> Any:
     return None if plain else own
 
 
+def _give_class(module: nn.Module, cls: type) -> None:
+    # some modules take no attribute any more
+    object.__setattr__(module, "__class__", cls)
+
+
 def unhost(module: nn.Module) -> None:
     """Gives a module its own class back, and the forward that stood on the instance."""
     plan = module.__dict__.pop(PLAN)
-    module.__class__ = _ORIGINAL[type(module)]
+    _give_class(module, _ORIGINAL[type(module)])
     for name in plan.hidden:
         module._modules.pop(name, None)
     # what a library put around our forward still calls ours, which from now on runs the inner one alone
@@ -145,7 +150,7 @@ def refuse_host(module: nn.Module, name: str) -> None:
     Raises:
         BadSplice: and names the module.
     """
-    refuse_graph_module(module, name)
+    refuse_remade(module, name)
     cls = _ORIGINAL.get(type(module), type(module))
     waiting, seen = ["forward", "__iter__"], set(dir(nn.Module)) - {"forward"}
     while waiting:
@@ -159,22 +164,31 @@ def refuse_host(module: nn.Module, name: str) -> None:
             raise BadSplice(
                 f"{name!r} ({cls.__name__}) runs whatever children it has: a body would be one more of them",
                 node=name,
+                source=here(),
                 hint="splice at its last child",
             )
         waiting += names
 
 
-def refuse_graph_module(module: nn.Module, name: str) -> None:
-    """Refuses a module whose forward is written anew with each copy.
+def refuse_remade(module: nn.Module, name: str) -> None:
+    """Refuses a module that is made anew with each copy, without what was put on it.
 
     Raises:
         BadSplice: and names the module.
     """
     cls = _ORIGINAL.get(type(module), type(module))
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise BadSplice(
+            f"{name!r} went through torch.compile, which wraps it anew when it is copied: a body would be lost",
+            node=name,
+            source=here(),
+            hint=f"name the module inside it: {f'{name}._orig_mod'!r}",
+        )
     if isinstance(module, fx.GraphModule) and cls.__deepcopy__ is fx.GraphModule.__deepcopy__:  # type: ignore[attr-defined]
         raise BadSplice(
             f"{name!r} is an fx.GraphModule, which writes its forward anew when it is copied: a body would be lost",
             node=name,
+            source=here(),
             hint="splice at a module inside it",
         )
 
@@ -196,10 +210,23 @@ def _names(code: types.CodeType) -> set[str]:
 # ---------------------------------------------------------------------- the swapped class
 
 
-def hosted_class(cls: Any, mixin: type = object) -> type:
-    """The subclass of a module's class on which bodies run; one for each class and mixin."""
+class _Unannounced(nn.Module):
+    """Before a class that does something with its subclasses, as to register them: ours is no new class to it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+def hosted_class(cls: Any, mixin: type = object, name: str = "") -> type:
+    """The subclass of a module's class on which bodies run; one for each class and mixin.
+
+    Raises:
+        BadSplice: the metaclass of the class refuses a subclass; the message names the module, if its name is given.
+    """
     if (cls, mixin) in _HOSTED:
         return _HOSTED[cls, mixin]
+    # another descriptor may give another forward to each module
+    plain = isinstance(inspect.getattr_static(cls, "forward"), types.FunctionType)
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +244,7 @@ def hosted_class(cls: Any, mixin: type = object) -> type:
             return own(*args, **kwargs)
         if plan is not None and plan.program is not None:
             return plan.program(self, args, kwargs)
-        return cls.forward(self, *args, **kwargs)
+        return cls.forward(self, *args, **kwargs) if plain else super(hosted, self).forward(*args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
         if "forward" in self.__dict__:
@@ -250,11 +277,25 @@ def hosted_class(cls: Any, mixin: type = object) -> type:
     members = {"forward": forward, "train": train, "__setattr__": set_attribute, "__delattr__": delete_attribute}
     members |= {"__reduce_ex__": reduce_ex, SELF: property(lambda self: self), **_containers(cls)}
     members |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    bases = (cls,) if mixin is object else (cls, mixin)
-    hosted: Any = types.new_class(cls.__name__, bases, exec_body=lambda space: space.update(members))
+    hosted: Any = _subclass(cls, mixin, members, name)
     _HOSTED[cls, mixin] = hosted
     _ORIGINAL[hosted] = cls
     return hosted
+
+
+def _subclass(cls: Any, mixin: type, members: dict[str, Any], name: str) -> type:
+    watches = any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1])
+    bases = (*[_Unannounced] * watches, cls, *[mixin] * (mixin is not object))
+    try:
+        return types.new_class(cls.__name__, bases, exec_body=lambda space: space.update(members))
+    except Exception as error:
+        raise BadSplice(
+            f"{f'{name!r} ({cls.__name__})' if name else cls.__name__} cannot be a host: its class takes no subclass",
+            node=name or None,
+            sides=[("it raises", f"{type(error).__name__}: {error}")],
+            source=here(),
+            hint="splice at a module inside it, or around it",
+        ) from error
 
 
 def _set_forward(self: Any, hosted: type, value: Any) -> None:
@@ -345,7 +386,7 @@ def _visible(self: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _remade(make: Any, args: Any, mixin: type = object) -> Any:
     module = make(*args)
-    module.__class__ = hosted_class(type(module), mixin)
+    _give_class(module, hosted_class(type(module), mixin))
     return module
 
 

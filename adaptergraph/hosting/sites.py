@@ -36,8 +36,8 @@ from .hosted import (
     hosted_class,
     keep_frozen_statistics,
     plan_of,
-    refuse_graph_module,
     refuse_host,
+    refuse_remade,
     replaced_forward,
 )
 from .lowering import lowered
@@ -69,8 +69,8 @@ def attach(
         _check_owner(model, body)
     routes = routes_of(graph, model) if graph.bodies else {}
     for path in routes:
-        refuse_graph_module(model.get_submodule(path), path)
-        hosted_class(type(model.get_submodule(path)))
+        refuse_remade(model.get_submodule(path), path)
+        hosted_class(type(model.get_submodule(path)), name=path)
     programs = _programs(model, graph, {p: r.operations for p, r in routes.items() if r.operations})
     made = {
         name: lower(

@@ -209,7 +209,13 @@ class _Tables:
             raise wrong(f"{place} gives {call.output!r} at {list(call.path)}, and its parts say otherwise", scope)
 
     def check_asides(self) -> None:
-        """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call."""
+        """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call.
+
+        What is walked over is a module.
+        """
+        for path in self.imported.walked:
+            if path not in self.imported.modules:
+                raise wrong(f"walked: {path!r} is no module", path)
         for kept, scope in self.imported.kept:
             if kept not in self.nodes or self.nodes[kept].body is not None:
                 raise wrong(f"kept: {kept!r} is no node of the model", kept)

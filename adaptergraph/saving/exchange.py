@@ -119,6 +119,7 @@ class ImportedText(Strict):
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
     kept: list[tuple[Name, Name]] = []
+    walked: dict[str, bool] = {}
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -298,6 +299,7 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
         "scopes": dict(imported.scopes),
         "asides": [(a.scope, a.at, a.value, a.reader, a.whole) for a in imported.asides],
         "kept": list(imported.kept),
+        "walked": dict(imported.walked),
         "example": imported.example,
     }
 
@@ -509,5 +511,6 @@ def _imported_from_json(data: ImportedText) -> Imported:
         scopes=data.scopes,
         asides=tuple(Aside(*a) for a in data.asides),
         kept=tuple(data.kept),
+        walked=data.walked,
         example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
     )

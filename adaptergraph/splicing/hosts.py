@@ -9,6 +9,7 @@ from ..bodies import Body
 from ..collect import alive
 from ..errors import BadSplice, Source
 from ..graph import Graph
+from ..imported import Imported
 from ..names import path_of
 from ..select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
 
@@ -126,6 +127,7 @@ def refuse(graph: Graph, host: str, where: str, source: Source | None) -> None:
         )
     if graph.imported is not None:
         _refuse_imported(graph, host, source)
+        _refuse_walked_over(graph.imported, host, source)
     elif node is not None and node.shape is None:
         raise BadSplice(
             f"{host!r} gives no single tensor: a body has nothing to work on",
@@ -174,6 +176,19 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
                 source=source,
                 hint="splice at a module or operation that gives floats",
             )
+
+
+def _refuse_walked_over(imported: Imported, host: str, source: Source | None) -> None:
+    path = imported.walked_over(path_of(host))
+    if path is not None:
+        where = f"in {path!r}" if path else "in the model"
+        what = f"all that is {where}" if imported.walked[path] else f"the children of {path!r}"
+        raise BadSplice(
+            f"a forward walks over {what} and computes with what it finds: a body at {host!r} would be a part of it",
+            node=host,
+            source=source,
+            hint="splice somewhere else, or let that forward name the modules and parameters that it means",
+        )
 
 
 def _refuse_operation(graph: Graph, host: str, source: Source | None) -> None:

@@ -20,6 +20,7 @@ from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .outside import Outside
 from .parts import PLAIN, containers, replaced, tensors
+from .walks import Walks
 from .ways import NOTHING, Passed, Ways
 
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
@@ -43,6 +44,7 @@ class Recorder:
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
+        self.walks = Walks()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
         # the containers that the model was given; what calls hand on in them, or in one of their own that is not copied
         self.lasting: dict[int, Any] = {}
@@ -125,6 +127,7 @@ class Recorder:
         So a direct call of `module.forward` counts as a call, and what hooks do happens outside.
         """
         known: dict[int, inspect.Signature] = {}
+        self.walks.watch(self.modules)
         for module in self.modules.values():
             forward = module.forward
             function = id(getattr(forward, "__func__", forward))
@@ -161,6 +164,7 @@ class Recorder:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is about to run."""
         path = self.paths[id(module)]
+        self.walks.used(module)
         index = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
@@ -408,6 +412,8 @@ class Recorder:
             self.kept += known
             self.outside.note(op_name(func), [value for value, _ in known], result)
             return result
+        if self.walks.under_way:
+            list(map(self.walks.used, given))
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         for tensor in given:

@@ -395,6 +395,7 @@ class _Finish:
             scopes=self.scopes,
             asides=tuple(self.asides()),
             kept=tuple(self.kept(outputs)),
+            walked=self.recorder.walks.found,
             example=self.example,
             given=self.given,
             host=self.model,
