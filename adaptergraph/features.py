@@ -1,40 +1,25 @@
-"""Which dimension of a value holds its features: the last one, or the second one as convolutions have it. Floor 3."""
+"""Which dimension of a value holds its features, and a value with them last. Floor 3.
+
+A node knows it from what made it, and a node of a model also from what reads it: see `axes`. Here is what to do where
+that is not enough.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from . import layers
-from .node import Node
-
-_POOLS = ("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
-_FIRST = frozenset(
-    {
-        "conv",
-        "conv_transpose",
-        "depthwise_conv",
-        "batch_norm",
-        "group_norm",
-        "instance_norm",
-        *_POOLS,
-    }
-    | {f"{kind}{n}d" for kind in ("conv", "conv_transpose", *_POOLS) for n in (1, 2, 3)}
-    | {f"{kind}{n}d" for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "MaxPool") for n in (1, 2, 3)}
-    | {f"{kind}{n}d" for kind in ("AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool") for n in (1, 2, 3)}
-    | {"GroupNorm"}
-)
-_LAST = frozenset({"dense", "Linear", "layer_norm", "LayerNorm", "embedding", "Embedding", "attention"})
-# after these nothing is known of where the features are
-_MOVED = frozenset(
-    {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "T", "mT", "reshape", "view", "einsum"}
-)
+from .errors import ShapeMismatch, here
+from .node import Node, format_shape
 
 
 def axis_of(node: Node) -> int:
     """The dimension of a value's features.
 
-    It is told from the layers that made the value, back through what leaves its shape as it is; the last one where
-    they do not tell.
+    Raises:
+        ShapeMismatch: neither what made the value nor what reads it tells, and there are convolutions, which have their
+            features elsewhere than the layers of a transformer.
 
     >>> import adaptergraph as ag
     >>> axis_of(ag.conv(ag.input("x", shape=("batch", 3, 8, 8)), 16, kernel_size=3))
@@ -42,35 +27,39 @@ def axis_of(node: Node) -> int:
     >>> axis_of(ag.dense(ag.input("x", shape=("batch", 3, 8)), 16))
     2
     """
-    last = len(node.shape or ()) - 1
-    if last < 2:
-        return last
-    imported = node.graph is not None and node.graph.imported is not None
-    waiting, seen = deque([node]), set[int | str | None]()
-    while waiting:
-        here = waiting.popleft()
-        # in a model `linear` is torch's function, in a declared graph the activation that does nothing
-        if here.op in _LAST or (imported and here.op == "linear"):
-            return last
-        if here.op in _FIRST:
-            return 1
-        if here.op in _MOVED:
-            continue
-        for value in here.inputs:
-            before = value if isinstance(value, Node) else _before(here, value)
-            if before is None or before.shape != node.shape:
-                continue
-            key = before.name if before.graph is not None else id(before)
-            if key not in seen:
-                seen.add(key)
-                waiting.append(before)
-    return last
+    rank = len(node.shape or ())
+    axis = node.axis
+    if axis is None and rank > 2:
+        raise NotImplementedError
+    return rank - 1 if axis is None else rank + axis
 
 
-def _before(node: Node, name: str) -> Node | None:
-    """A node that another one reads; None for one of a body that is just being added."""
-    known = node.graph is not None and name in node.graph
-    return node.graph[name] if known else None  # type: ignore[index]
+def last_without_convolutions(nodes: Mapping[str, Node], convolutions: Iterable[str]) -> dict[str, Node]:
+    """The same nodes; those of which nothing is known, before and after no convolution, have their features last."""
+    unknown = [name for name, node in nodes.items() if node.axis is None and node.shape]
+    near = set(convolutions)
+    if unknown and near:
+        near = _after(nodes, near) | _before(nodes, near)
+    last = {name: replace(nodes[name], axis=-1) for name in unknown if name not in near}
+    return {**nodes, **last}
+
+
+def _after(nodes: Mapping[str, Node], start: set[str]) -> set[str]:
+    """These nodes and all that are computed from them."""
+    found = set(start)
+    for name, node in nodes.items():
+        if not found.isdisjoint(node.inputs):
+            found.add(name)
+    return found
+
+
+def _before(nodes: Mapping[str, Node], start: set[str]) -> set[str]:
+    """These nodes and all that they are computed from."""
+    found = set(start)
+    for name in reversed(list(nodes)):
+        if name in found:
+            found.update(nodes[name].inputs)
+    return found
 
 
 def size_of(node: Node) -> int | str | None:
@@ -81,10 +70,12 @@ def size_of(node: Node) -> int | str | None:
 def features_last(node: Node, axis: int, name: str) -> Node:
     """The value with its features, which are in this dimension, in the last one."""
     rank = len(node.shape or ())
-    return node if axis >= rank - 1 else layers.transpose(node, (0, *range(2, rank), 1), name=name)
+    order = (*(i for i in range(rank) if i != axis), axis)
+    return node if axis >= rank - 1 else layers.transpose(node, order, name=name)
 
 
 def features_back(node: Node, axis: int, name: str) -> Node:
     """A value with its features in the last dimension, with them in this one."""
     rank = len(node.shape or ())
-    return node if axis >= rank - 1 else layers.transpose(node, (0, rank - 1, *range(1, rank - 1)), name=name)
+    order = (*range(axis), rank - 1, *range(axis, rank - 1))
+    return node if axis >= rank - 1 else layers.transpose(node, order, name=name)

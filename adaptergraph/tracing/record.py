@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from ..axes import Axes
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .parts import PLAIN, replaced, tensors
 from .ways import NOTHING, Passed, Ways
@@ -106,6 +107,7 @@ class Recorder:
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
+        self.axes = Axes()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
         self.frames = [_Frame("", 0, "")]
         self.calls: dict[str, list[Any]] = {}
@@ -316,6 +318,7 @@ class Recorder:
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             inner = frame.returned.get(id(tensor), tensor)
+            self.axes.hand_on(self.values.get(id(inner)), (record, path))
             if self.made_in(inner, frame):
                 # the module may keep it
                 self.values[id(inner)] = (record, path)
@@ -332,6 +335,7 @@ class Recorder:
             self.reads(record, inner, frame)
         elif self.made_unseen(inner):
             record.op, record.reads = "unseen", self.earlier(frame)
+        self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
         self.bind(tensor, record, ())
         caller.records.append(record)
@@ -416,6 +420,10 @@ class Recorder:
         if not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
+        # a TorchScript function is called as it likes
+        if getattr(func, "__module__", None) != __name__:
+            results = [((record, path), tensor) for path, tensor in outs]
+            self.axes.follow(record.op, args, kwargs, results, lambda t: self.values.get(id(t)))
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
@@ -433,7 +441,9 @@ class Recorder:
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
-        record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
+        if key not in record.outs:
+            record.outs[key] = (tuple(tensor.shape), tensor.dtype)
+            self.axes.hand_on(self.values.get(id(tensor)), (record, key))
         if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
         self.written.add(storage(tensor))
@@ -448,9 +458,10 @@ class Recorder:
                 continue
             if where is None or where not in keys:
                 # another view: what was not written comes from the value that it had
+                keys[where] = ("view", number)
                 if old is not None:
                     record.reads.append(old)
-                keys[where] = ("view", number)
+                    self.axes.hand_on(old, (record, keys[where]))
                 record.outs[keys[where]] = (tuple(alias.shape), alias.dtype)
             self.values[id(alias)] = (record, keys[where])
 
