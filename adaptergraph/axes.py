@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Key: TypeAlias = Any
 # for each dimension of a value the one of the result that it becomes, or None; None for all as they are
@@ -80,6 +81,47 @@ class Axes:
                 if moved is not None:
                     waiting.append((other, moved))
         self.known.update((value, next(iter(axes))) for value, axes in found.items() if len(axes) == 1)
+
+
+class Following(TorchFunctionMode):
+    """Follows the features through what is run in it; what stands for a tensor is its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes = Axes()
+        self.given: list[Tensor] = []
+        # their ids stay their own
+        self.values: dict[int, Tensor] = {}
+
+    def starts(self, tensor: Tensor, axis: int | None) -> None:
+        """A tensor that is there before."""
+        self.given.append(tensor)
+        self.values[id(tensor)] = tensor
+        if axis is not None:
+            self.axes.known[id(tensor)] = axis
+
+    def axis(self, tensor: Tensor) -> int | None:
+        """Where a tensor has its features."""
+        return self.axes.known.get(id(tensor))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outs = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
+        new = [(id(t), t) for t in outs if id(t) not in self.values]
+        self.axes.follow(op_name(func), args, kwargs or {}, new, lambda t: id(t) if id(t) in self.values else None)
+        self.values.update(new)
+        return result
+
+
+_NO_WORD = re.compile(r"\W+")
+
+
+def op_name(func: Any) -> str:
+    """What an operation is called in a graph."""
+    name = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "get")
+    return _NO_WORD.sub("_", name.strip("_") if name.startswith("__") else name) or "op"
 
 
 def _back(way: Sequence[int | None], axis: int) -> int | None:
@@ -329,9 +371,7 @@ def _reshape(event: _Event) -> None:
 
 
 def _survivors(before: Sequence[int], after: Sequence[int]) -> Way:
-    ends = []
-    for shape in (before, after):
-        ends.append([(size, math.prod(shape[i + 1 :])) for i, size in enumerate(shape)])
+    ends = [[(size, math.prod(shape[i + 1 :])) for i, size in enumerate(shape)] for shape in (before, after)]
     once = [end if ends[0].count(end) == ends[1].count(end) == 1 else None for end in ends[0]]
     return [None if end is None else ends[1].index(end) - len(after) for end in once]
 
@@ -445,8 +485,8 @@ _KINDS: Mapping[Rule, str] = {
     _same: """
         clone contiguous detach to float half bfloat16 double type cpu cuda data requires_grad alias identity narrow
         index_select index_fill index_copy index_add scatter scatter_add gather take_along_dim masked_scatter softmax
-        log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk flip fliplr flipud
-        roll tril triu chunk split split_with_sizes tensor_split pad glu normalize renorm local_response_norm
+        log_softmax softmin gumbel_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk flip fliplr
+        flipud roll tril triu chunk split split_with_sizes tensor_split pad glu normalize renorm local_response_norm
         dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout channel_shuffle
         zeros_like ones_like full_like empty_like rand_like randn_like
         interpolate upsample upsample_nearest upsample_bilinear grid_sample repeat_interleave diff

@@ -22,7 +22,7 @@ from ..imported import Aside, Call, Imported, Module
 from ..layers.table import OPS, runnable
 from ..lower import HALF
 from ..methods import METHODS
-from ..names import check_imported_name, check_input_name, check_name, path_of
+from ..names import body_name, check_imported_name, check_input_name, check_name, path_of
 from ..node import Node, Param
 from ..select import Span
 from ..shapes import Spec, Value, infer, uncollected
@@ -119,6 +119,7 @@ class ImportedText(Strict):
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
     kept: list[Name] = []
+    axes: dict[Name, int | None] | None = None
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -235,7 +236,7 @@ def graph_to_json(graph: Graph) -> str:
         "trained": dict(graph._overrides),
     }
     if graph.imported is not None:
-        data["imported"] = _imported_to_json(graph.imported)
+        data["imported"] = {**_imported_to_json(graph.imported), "axes": _axes(graph)}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -288,6 +289,12 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
     }
 
 
+def _axes(graph: Graph) -> dict[str, int | None]:
+    """Where values of the model have their features, if not last; None where that is not known."""
+    hosts = (node for node in graph.nodes() if node.body is None and node.shape)
+    return {node.name or "": node.axis for node in hosts if node.axis != -1}
+
+
 def _param(param: Param) -> dict[str, Any]:
     return {"shape": param.shape, "dtype": _dtype(param.dtype)}
 
@@ -313,6 +320,8 @@ def graph_from_json(text: str) -> Graph:
     items: dict[str, NodeText] = {}
     bodies: dict[str, Body] = {}
     seen: dict[str, Node] = {}  # as bodies see them: on a half-precision model they compute in float32
+    spliced = {body_name(host, s.name) for s in data.splices for host in s.hosts or ()}
+    made = {written: read for b in data.bodies if b.name in spliced for read, written in b.calls}
     for item in data.nodes:
         hosted = imported is not None and item.body is None
         (check_imported_name if hosted else _check_own_name)(item.name)
@@ -322,13 +331,18 @@ def graph_from_json(text: str) -> Graph:
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
         if hosted:
-            node = _host_node(item)
+            node = _host_node(item, imported.axes)
         elif imported is not None and (first := items.get(path_of(item.name))) is not None:
             node = _further(item, first, table[first.name])
         else:
             node = _own_node(item, seen)
+        if made.get(item.name) in table:
+            node = replace(node, axis=table[made[item.name]].axis)
         table[item.name], items[item.name] = node, item
         seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
+    for name in (imported.axes if imported is not None else None) or ():
+        if name not in table or table[name].body is not None or not table[name].shape:
+            raise wrong(f"axes: {name!r} is no tensor of the model", name)
     for b in data.bodies:
         if b.name in bodies:
             raise wrong(f"two bodies are called {b.name!r}", b.name)
@@ -370,7 +384,7 @@ def _value(value: Any) -> Any:
     return tuple(_value(v) for v in value) if isinstance(value, list) else value
 
 
-def _host_node(item: NodeText) -> Node:
+def _host_node(item: NodeText, axes: Mapping[str, int | None] | None) -> Node:
     if not item.op.isidentifier():
         raise GraphError(f"the graph is not readable: {item.op!r} is no op", node=item.name)
     if item.options:
@@ -378,7 +392,9 @@ def _host_node(item: NodeText) -> Node:
     params = {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()}
     shape = None if item.shape is None else tuple(item.shape)
     dtype = None if item.dtype is None else dtype_from(item.dtype)
-    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
+    # a file from before the features were told says nothing of any
+    axis = None if axes is None or not shape else axes.get(item.name, -1)
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params, axis=axis)
 
 
 def _further(item: NodeText, first: NodeText, node: Node) -> Node:
@@ -395,6 +411,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
     shape = None if item.shape is None else tuple(item.shape)
     dtype = None if item.dtype is None else dtype_from(item.dtype)
     params: Mapping[str, Param] = {}
+    axis = None
     if item.op == "input":
         check_input_name(item.name)
         shape, dtype = shape or (), dtype or torch.float32
@@ -405,7 +422,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
     elif item.op == "constant":
         options = {"value": _constant(item, shape, dtype)}
     elif item.op in OPS:
-        found, params = _computed(item, options, table)
+        found, params, axis = _computed(item, options, table)
         if found != (shape, dtype):
             raise GraphError(
                 f"the graph is not readable: {item.name!r} cannot give {shape}",
@@ -418,7 +435,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
         )
     if {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()} != dict(params):
         raise wrong(f"{item.name!r} has other parameters than its op {item.op!r} makes", item.name)
-    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body)
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body, axis=axis)
 
 
 def _parameter(item: NodeText, shape: Any, dtype: torch.dtype | None) -> Param:
@@ -446,15 +463,15 @@ def _constant(item: NodeText, shape: Any, dtype: torch.dtype | None) -> torch.Te
 
 def _computed(
     item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node]
-) -> tuple[tuple[Any, Any], Mapping[str, Param]]:
-    """Shape, dtype and parameters of a node, from what it reads."""
+) -> tuple[tuple[Any, Any], Mapping[str, Param], int | None]:
+    """Shape and dtype, parameters and the dimension of the features of a node, from what it reads."""
     if item.op == "item":
         value: Value | None = _part(item, options, table)
         params: Mapping[str, Param] = {}
     else:
         spec = _spec(item.op, options, [table[i] for i in item.inputs], item.name)
         value, params = spec.value, spec.params
-    return (None, None) if value is None else (value.shape, value.dtype), params
+    return ((None, None), params, None) if value is None else ((value.shape, value.dtype), params, value.axis)
 
 
 def _spec(op: str, options: Mapping[str, Any], inputs: list[Node], name: str | None) -> Spec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from ..axes import Axes
+from ..axes import Axes, op_name
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .parts import PLAIN, replaced, tensors
 from .ways import NOTHING, Passed, Ways
@@ -517,17 +516,6 @@ def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: lis
 def _replaces(func: Any) -> bool:
     """Whether a function gives its first argument other memory, which no version counts."""
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
-
-
-_NO_WORD = re.compile(r"\W+")
-
-
-def op_name(func: Any) -> str:
-    """What an operation is called in a graph."""
-    name = getattr(func, "__name__", type(func).__name__)
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "get")
-    return _NO_WORD.sub("_", name.strip("_") if name.startswith("__") else name) or "op"
 
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
