@@ -118,31 +118,10 @@ def _spec(nodes: Mapping[str, Node], node: Node) -> Spec:
 
 
 def last_without_convolutions(nodes: Mapping[str, Node], convolutions: Iterable[str]) -> dict[str, Node]:
-    """The same nodes; those of which nothing is known, before and after no convolution, have their features last."""
-    unknown = [name for name, node in nodes.items() if node.axis is None and node.shape]
-    near = set(convolutions)
-    if unknown and near:
-        near = _after(nodes, near) | _before(nodes, near)
-    last = {name: replace(nodes[name], axis=-1) for name in unknown if name not in near}
-    return {**nodes, **last}
-
-
-def _after(nodes: Mapping[str, Node], start: set[str]) -> set[str]:
-    """These nodes and all that are computed from them."""
-    found = set(start)
-    for name, node in nodes.items():
-        if not found.isdisjoint(node.inputs):
-            found.add(name)
-    return found
-
-
-def _before(nodes: Mapping[str, Node], start: set[str]) -> set[str]:
-    """These nodes and all that they are computed from."""
-    found = set(start)
-    for name in reversed(list(nodes)):
-        if name in found:
-            found.update(nodes[name].inputs)
-    return found
+    """The same nodes; where no convolution is anywhere, those of which nothing is known have their features last."""
+    if any(True for _ in convolutions):
+        return dict(nodes)
+    return {name: replace(n, axis=-1) if n.axis is None and n.shape else n for name, n in nodes.items()}
 
 
 def size_of(node: Node) -> int | str | None:

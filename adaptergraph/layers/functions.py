@@ -57,7 +57,7 @@ def add_alike(x: Tensor, more: Tensor) -> Tensor:
         raise ShapeMismatch(
             "a body around its host cannot add to what it gives: the host changes places, not features alone",
             sides=[("host", format_shape(tuple(x.shape))), ("body", format_shape(tuple(more.shape)))],
-            hint="splice it around a layer that keeps the places at all sizes, or after the host, without parallel=True",
+            hint="splice it around a layer that keeps the places at all sizes, or after the host without parallel=True",
         )
     return x + more
 

@@ -316,6 +316,7 @@ def graph_from_json(text: str) -> Graph:
     """See `Graph.from_json`."""
     data: GraphText = parsed(GraphText, text, "the graph")
     imported = data.imported
+    axes = None if imported is None else imported.axes
     table: dict[str, Node] = {}
     items: dict[str, NodeText] = {}
     bodies: dict[str, Body] = {}
@@ -331,7 +332,7 @@ def graph_from_json(text: str) -> Graph:
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
         if hosted:
-            node = _host_node(item, imported.axes)
+            node = _host_node(item, axes)
         elif imported is not None and (first := items.get(path_of(item.name))) is not None:
             node = _further(item, first, table[first.name])
         else:
@@ -340,7 +341,7 @@ def graph_from_json(text: str) -> Graph:
             node = replace(node, axis=table[made[item.name]].axis)
         table[item.name], items[item.name] = node, item
         seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
-    for name in (imported.axes if imported is not None else None) or ():
+    for name in axes or ():
         if name not in table or table[name].body is not None or not table[name].shape:
             raise wrong(f"axes: {name!r} is no tensor of the model", name)
     for b in data.bodies:
