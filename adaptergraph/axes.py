@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +46,9 @@ class Axes:
         """
         rule = rule_of(op)
         if rule is not None and outs:
-            rule(_Event(self, args, kwargs, outs, key))
+            # of a call in a form that its rule does not know, nothing is known either
+            with suppress(TypeError, ValueError, IndexError, AttributeError):
+                rule(_Event(self, args, kwargs, outs, key))
 
     def hand_on(self, source: Key, result: Key, way: Way = None) -> None:
         """A value was made of another one, its dimensions moved in this way."""

@@ -245,8 +245,6 @@ class _Tables:
             or not all(isinstance(d, int) and 0 <= d < 2**63 for d in node.shape)
         ):
             raise wrong(f"{name!r} has the shape {format_shape(node.shape)} and dtype {node.dtype}", name)
-        if node.axis is not None and not -len(node.shape or ()) <= node.axis < 0:
-            raise wrong(f"axes: {name!r} has no dimension {node.axis}: {format_shape(node.shape)}", name)
         if node.op == "input":
             if node.inputs or node.params or name in self.imported.modules:
                 raise wrong(f"{name!r} is an input, and not an input alone", name)

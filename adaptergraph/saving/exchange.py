@@ -23,7 +23,7 @@ from ..layers.table import OPS, runnable
 from ..lower import HALF
 from ..methods import METHODS
 from ..names import body_name, check_imported_name, check_input_name, check_name, path_of
-from ..node import Node, Param
+from ..node import Node, Param, format_shape
 from ..select import Span
 from ..shapes import Spec, Value, infer, uncollected
 from .consistency import HINT, check_consistency, wrong
@@ -395,6 +395,8 @@ def _host_node(item: NodeText, axes: Mapping[str, int | None] | None) -> Node:
     dtype = None if item.dtype is None else dtype_from(item.dtype)
     # a file from before the features were told says nothing of any
     axis = None if axes is None or not shape else axes.get(item.name, -1)
+    if axis is not None and not -len(shape or ()) <= axis < 0:
+        raise wrong(f"axes: {item.name!r} has no dimension {axis}: {format_shape(shape)}", item.name)
     return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params, axis=axis)
 
 
