@@ -8,6 +8,7 @@ not; of any other nothing is known. What is not known yet is told by those who r
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,32 +88,38 @@ class Axes:
 
 
 class Following(TorchFunctionMode):
-    """Follows the features through what is run in it; what stands for a tensor is its id."""
+    """Follows the features through what is run in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.axes = Axes()
-        self.given: list[Tensor] = []
-        # their ids stay their own
-        self.values: dict[int, Tensor] = {}
+        self.given: list[Key] = []
+        # a number for each value of a tensor, and the tensors, so that their ids stay their own
+        self.values: dict[int, tuple[int, Tensor]] = {}
+        self.count = itertools.count()
 
     def starts(self, tensor: Tensor, axis: int | None) -> None:
         """A tensor that is there before."""
-        self.given.append(tensor)
-        self.values[id(tensor)] = tensor
+        key = next(self.count)
+        self.given.append(key)
+        self.values[id(tensor)] = key, tensor
         if axis is not None:
-            self.axes.known[id(tensor)] = axis
+            self.axes.known[key] = axis
 
     def axis(self, tensor: Tensor) -> int | None:
         """Where a tensor has its features."""
-        return self.axes.known.get(id(tensor))
+        return self.axes.known.get(self.key(tensor))
+
+    def key(self, tensor: Tensor) -> Key:
+        """What stands for a tensor; None for a parameter."""
+        return self.values.get(id(tensor), (None,))[0]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outs = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
-        new = [(id(t), t) for t in outs if id(t) not in self.values]
-        self.axes.follow(op_name(func), args, kwargs or {}, new, lambda t: id(t) if id(t) in self.values else None)
-        self.values.update(new)
+        new = [(next(self.count), t) for t in outs]
+        self.axes.follow(op_name(func), args, kwargs or {}, new, self.key)
+        self.values.update((id(t), (key, t)) for key, t in new)
         return result
 
 
@@ -533,6 +540,8 @@ _KINDS: Mapping[Rule, str] = {
     functools.partial(_reduce, 2): "norm linalg_norm linalg_vector_norm quantile nanquantile kthvalue",
 }
 _RULES: dict[str, Rule | None] = {name: rule for rule, names in _KINDS.items() for name in names.split()}
+# the shape from before is gone
+_RULES["squeeze_"] = None
 
 
 def rule_of(op: str) -> Rule | None:

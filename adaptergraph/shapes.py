@@ -122,7 +122,7 @@ def _probe(
         return Value(tuple(dims), a.dtype, follow.axis(a))
 
     follow.axes.settle()
-    beside = tuple(map(follow.axis, follow.given)), bool(follow.axes.convolutions)
+    beside = tuple(map(follow.axes.known.get, follow.given)), bool(follow.axes.convolutions)
     if isinstance(first, torch.Tensor):
         return Spec(value(first, second), params, (), *beside)
     several = isinstance(first, tuple) and all(isinstance(part, torch.Tensor) for part in first)

@@ -193,9 +193,18 @@ def step(draw, shape):
         "where": lambda x: torch.where(x > 0, x, -x),
         "to": lambda x: x.double().to(torch.float32),
         "written": lambda x: _written(x),
+        "squeezed in place": lambda x: x.clone().squeeze_(),
+        "unsqueezed in place": lambda x: x.clone().unsqueeze_(dim),
+        "turned in place": lambda x: x.clone().transpose_(dim, other),
     }
     name = draw(st.sampled_from(sorted(found)))
     return name, found[name]
+
+
+def _all(steps, x):
+    for each in steps:
+        x = each(x)
+    return x
 
 
 def _written(x):
@@ -231,3 +240,7 @@ def test_the_dimension_is_the_one_along_which_the_features_are(data):
         assert {node.axis} == varying(here), names
     if len(varying(here)) > 1:
         assert node.axis is None, names
+    # the same in a declared graph, where each operation is a function in one node
+    given = ag.module(ag.input("x", shape=x.shape), model.first)
+    declared = ag.nx(given, lambda h: _all(steps, h))
+    assert declared.axis == node.axis
