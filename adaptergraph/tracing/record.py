@@ -334,8 +334,8 @@ class Recorder:
             self.reads(record, inner, frame)
         elif self.made_unseen(inner):
             record.op, record.reads = "unseen", self.earlier(frame)
-        self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+        self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         self.bind(tensor, record, ())
         caller.records.append(record)
 
