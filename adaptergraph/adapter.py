@@ -9,7 +9,7 @@ from . import layers
 from .errors import GraphError, ShapeMismatch, here, suggestion
 from .features import axis_of, features_back, features_last
 from .graph import Graph
-from .layers.making import check_flag, check_rate, check_size, spelt
+from .layers.making import check_flag, check_rate, check_size, make, spelt
 from .layers.naming import scoped
 from .layers.table import check_activation
 from .names import check_name
@@ -186,9 +186,12 @@ def bottleneck(
         h = layers.multiply([h, layers.constant(float(scale), name=called("factor"))], name=called("scaled"))
     if layer_norm == "after":
         h = layers.layer_norm(h, name=called("norm"))
-    h = features_back(h, axis_after, called("features_first"))
+    moved, h = h, features_back(h, axis_after, called("features_first"))
     if residual:
         h = layers.add([x, h], name=called("residual"))
+    elif h is not moved and like is None:
+        # readers of x may rely on that
+        h = make("contiguous", [h], called("contiguous"), {})
     return _in_body(h, x, scoped(prefix) if prefix else "")
 
 

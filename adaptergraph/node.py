@@ -59,6 +59,7 @@ class Node:
         source: the user's line.
         shares: while a graph is being written, the node whose weights this one uses; then its name says so.
         space: while a graph is being written, the namespace in which a graph names it.
+        axis: the dimension of its features, counted from the end, so that -1 is the last; None where it is not known.
     """
 
     op: str
@@ -73,6 +74,7 @@ class Node:
     graph: Graph | None = None
     shares: Node | None = None
     space: str = ""
+    axis: int | None = None
 
     @property
     def path(self) -> str:

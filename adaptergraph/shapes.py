@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 
+from .axes import Following
 from .errors import ShapeMismatch, Source
 from .node import Node, Param, Shape, format_shape
 
@@ -32,19 +33,25 @@ _MEMO: dict[Any, Spec] = {}
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Shape and dtype of one value."""
+    """Shape and dtype of one value, and the dimension of its features where that is known (see `Node.axis`)."""
 
     shape: Shape
     dtype: torch.dtype
+    axis: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What an op gives: its value (None if it is no single tensor), its parameters, its values if there are several."""
+    """What an op gives: its value (None if it is no single tensor), its parameters, its values if there are several.
+
+    `reads` are the dimensions where it takes the features of what it reads to be, `convolves` is whether it convolves.
+    """
 
     value: Value | None
     params: Mapping[str, Param]
     parts: tuple[Value, ...] = ()
+    reads: tuple[int | None, ...] = ()
+    convolves: bool = False
 
 
 def infer(
@@ -63,7 +70,7 @@ def infer(
     Raises:
         ShapeMismatch: torch refuses these shapes; the message shows the inputs by name.
     """
-    values = [Value(i.shape or (), i.dtype or torch.float32) for i in inputs]
+    values = [Value(i.shape or (), i.dtype or torch.float32, i.axis) for i in inputs]
     key = _key(op, options, values)
     if key is not None and key in _MEMO:
         return _MEMO[key]
@@ -82,7 +89,7 @@ def _key(op: str, options: Mapping[str, Any], values: Sequence[Value]) -> Any:
     plain = tuple(sorted((k, _plain(v)) for k, v in options.items()))
     if any(v is _NOT_PLAIN for _, v in plain):
         return None
-    return op, plain, tuple((v.shape, v.dtype) for v in values), torch.get_default_dtype()
+    return op, plain, tuple((v.shape, v.dtype, v.axis) for v in values), torch.get_default_dtype()
 
 
 _NOT_PLAIN = object()
@@ -102,7 +109,9 @@ def _probe(
     make: Callable[[Sequence[Value]], Any], values: Sequence[Value], primes: tuple[tuple[int, ...], ...]
 ) -> Spec:
     named = any(not isinstance(d, int) for v in values for d in v.shape)
-    runs = [_run(make, values, _stand_ins(values, few)) for few in (primes if named else primes[:1])]
+    follow = Following()
+    runs = [_run(make, values, _stand_ins(values, primes[0]), follow)]
+    runs += [_run(make, values, _stand_ins(values, few), Following()) for few in primes[1:] if named]
     (first, params), (second, others) = runs[0], runs[-1]
     if params != others:
         raise ValueError("its parameters need a size that is known, not a name or None")
@@ -110,16 +119,18 @@ def _probe(
 
     def value(a: torch.Tensor, b: torch.Tensor) -> Value:
         dims = [_named(i, j, one, two) if named else int(i) for i, j in zip(a.shape, b.shape, strict=True)]
-        return Value(tuple(dims), a.dtype)
+        return Value(tuple(dims), a.dtype, follow.axis(a))
 
+    follow.axes.settle()
+    beside = tuple(map(follow.axes.known.get, follow.given)), bool(follow.axes.convolutions)
     if isinstance(first, torch.Tensor):
-        return Spec(value(first, second), params)
+        return Spec(value(first, second), params, (), *beside)
     several = isinstance(first, tuple) and all(isinstance(part, torch.Tensor) for part in first)
-    return Spec(None, params, tuple(map(value, first, second)) if several else ())
+    return Spec(None, params, tuple(map(value, first, second)) if several else (), *beside)
 
 
 def _run(
-    make: Callable[[Sequence[Value]], Any], values: Sequence[Value], stand_in: Mapping[Any, int]
+    make: Callable[[Sequence[Value]], Any], values: Sequence[Value], stand_in: Mapping[Any, int], follow: Following
 ) -> tuple[Any, dict[str, Param]]:
     """One run on fake tensors of these sizes: the result and the parameters."""
     params: dict[str, Param] = {}
@@ -129,26 +140,31 @@ def _run(
             sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
             given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]
             versions = [t._version for t in given]
+            for tensor, v in zip(given, values, strict=True):
+                follow.starts(tensor, v.axis)
             run = make([Value(s, v.dtype) for s, v in zip(sizes, values, strict=True)])
         if isinstance(run, torch.nn.Module):
             params = {n: Param(tuple(p.shape), p.dtype) for n, p in run.named_parameters()}
-            result = _call_module(run, given, fake)
+            result = _call_module(run, given, fake, follow)
         else:
-            with fake:
+            with fake, follow:
                 result = run(*given)
     if versions != [t._version for t in given]:
         raise ValueError("it changes in place what it reads, and so for every other reader")
     return result, params
 
 
-def _call_module(module: torch.nn.Module, given: Sequence[torch.Tensor], fake: FakeTensorMode) -> Any:
+def _call_module(
+    module: torch.nn.Module, given: Sequence[torch.Tensor], fake: FakeTensorMode, follow: Following
+) -> Any:
     """A call of a copy in eval over stand-ins for its tensors: a user's module is not touched."""
     tensors = (*module.parameters(), *module.buffers())
     twin = copy.deepcopy(module, {id(t): t for t in tensors}).eval()
     with fake:
         state = (*twin.named_parameters(), *twin.named_buffers())
         stand_ins = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in state}
-        return functional_call(twin, stand_ins, tuple(given))
+        with follow:
+            return functional_call(twin, stand_ins, tuple(given))
 
 
 def _dim(dim: Any, axis: int) -> Any:

@@ -218,6 +218,11 @@ IMPORTED = [
     (lambda d: d["imported"]["asides"].append(["fc", "exit", None, "none", False]), "of the model, nor a call"),
     (lambda d: d["imported"]["kept"].append(("none", "")), "kept: 'none' is no node of the model"),
     (lambda d: d["imported"]["kept"].append((d["nodes"][0]["name"], "none")), "kept: 'none' is no call"),
+    # where values have their features
+    (lambda d: d["imported"]["axes"].update(none=None), "axes: 'none' is no tensor of the model"),
+    (lambda d: d["imported"]["axes"].update({"fc.adapter.up": -1}), "axes: 'fc.adapter.up' is no tensor of the model"),
+    (lambda d: d["imported"]["axes"].update(fc=-4), r"axes: 'fc' has no dimension -4: 2 × 3 × 4"),
+    (lambda d: d["imported"]["axes"].update(fc=0), "axes: 'fc' has no dimension 0"),
     # parameters
     (
         lambda d: d["imported"]["params"].update({"no.w": {"shape": [1], "dtype": "int8"}}),

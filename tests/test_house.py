@@ -24,6 +24,7 @@ FLOORS = {
     "verbs": 1,
     "shapes": 2,
     "layers": 2,
+    "axes": 2,
     "features": 3,
     "adapter": 3,
     "blocks": 3,
@@ -59,6 +60,7 @@ THIRD_PARTY = {
     "torch": {
         "names",
         "splicing",
+        "axes",
         "shapes",
         "layers",
         "tracing",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..axes import op_name
 from ..tracing.memory import version
 from ..tracing.parts import tensors
-from ..tracing.record import op_name
 from .program import Unlowered, same
 
 MORE = "_adaptergraph_more"

@@ -118,7 +118,17 @@ def parts_of(node: Node, labels: Sequence[str], values: Sequence[Value]) -> tupl
     """The outputs of a node that has several, as nodes of their own: `name.label`."""
     names = [None if node.name is None else f"{node.name}.{label}" for label in labels]
     return tuple(
-        Node("item", (node,), name, v.shape, v.dtype, {"index": i, "part": label}, source=node.source, space=node.space)
+        Node(
+            "item",
+            (node,),
+            name,
+            v.shape,
+            v.dtype,
+            {"index": i, "part": label},
+            source=node.source,
+            space=node.space,
+            axis=v.axis,
+        )
         for i, (label, name, v) in enumerate(zip(labels, names, values, strict=True))
     )
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ShapeMismatch
+from ..node import format_shape
+
 
 def linear(x: Tensor) -> Tensor:
     """The value itself."""
@@ -37,6 +40,26 @@ def concatenate(*xs: Tensor, dim: int = -1) -> Tensor:
 def transpose(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The dimensions in another order."""
     return x.permute(dims)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """The same numbers, in memory in the order of the dimensions."""
+    return x.contiguous()
+
+
+def add_alike(x: Tensor, more: Tensor) -> Tensor:
+    """The sum of two values of one shape.
+
+    Raises:
+        ShapeMismatch: theirs differ, also where torch would broadcast.
+    """
+    if x.shape != more.shape:
+        raise ShapeMismatch(
+            "a body around its host cannot add to what it gives: the host changes places, not features alone",
+            sides=[("host", format_shape(tuple(x.shape))), ("body", format_shape(tuple(more.shape)))],
+            hint="splice it around a layer that keeps the places at all sizes, or after the host without parallel=True",
+        )
+    return x + more
 
 
 def stack(*xs: Tensor) -> Tensor:

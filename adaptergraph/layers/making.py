@@ -48,12 +48,17 @@ def make(
     if name is not None:
         name = check_name(scoped(check_name(name, source)), source)
     spec = infer(op, runnable(op, options), inputs, options, source, name)
-    shape, dtype = (spec.value.shape, spec.value.dtype) if spec.value is not None else (None, None)
+    shape, dtype, axis = (spec.value.shape, spec.value.dtype, spec.value.axis) if spec.value else (None, None, None)
     for key, init in inits.items():
         own = spec.params.get(key.removesuffix("_init"))
         if init is not None and own is not None:
             options = {**options, key: check_initializer(init, own.shape, f"the {key.removesuffix('_init')} of {op}")}
-    node = Node(op, tuple(inputs), name, shape, dtype, options, spec.params, source=source, space=current_space())
+    node = Node(
+        *(op, tuple(inputs), name, shape, dtype, options, spec.params),
+        source=source,
+        space=current_space(),
+        axis=axis,
+    )
     return node if share is None else shared(node, share)
 
 

@@ -99,6 +99,7 @@ _ROWS = [
     Op("dropout", "zeroes a share of the values while training", module=lambda x, rate: nn.Dropout(rate), floats=1),
     Op("attention", "scaled dot-product attention in heads", module=lambda x, **o: fn.Attention(**o), floats=3),
     Op("add", "sum", function=operator.add, fold=True),
+    Op("add_alike", "sum of two values of one shape", function=fn.add_alike),
     Op("subtract", "difference", function=operator.sub, fold=True),
     Op("multiply", "product", function=operator.mul, fold=True),
     Op("concatenate", "side by side", function=fn.concatenate),
@@ -108,6 +109,7 @@ _ROWS = [
     Op("switch", "one of several branches, by task", function=fn.switch),
     Op("reshape", "another shape", function=fn.reshape),
     Op("transpose", "dimensions in another order", function=fn.transpose),
+    Op("contiguous", "in memory in the order of the dimensions", function=fn.contiguous),
     Op("flatten", "all but the batch in one dimension", function=fn.flatten),
     *(Op(name, f"the activation {name}", function=f, floats=1) for name, (f, _) in ACTIVATIONS.items()),
 ]

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from .. import layers
 from ..adapter import bottleneck, check_choices
-from ..errors import GraphError, here
+from ..errors import GraphError, ShapeMismatch, here
 from ..features import size_of
-from ..layers.making import check_rate
+from ..layers.making import check_rate, make
 from ..layers.table import check_activation
-from ..node import Node
+from ..node import Node, format_shape
 from ..splicing.site import Site
 from .base import method
 
@@ -94,14 +94,17 @@ class Bottleneck:
 
     def apply(self, site: Site) -> Node:
         """The adapted value of the site."""
-        return layers.add([site.output, self.contribution(site)], name="residual")
+        added = self.contribution(site)
+        if self.parallel:
+            return make("add_alike", [site.output, added], "residual", {})
+        return layers.add([site.output, added], name="residual")
 
     def contribution(self, site: Site) -> Node:
         """What it adds to the site's value."""
         x = site.input if self.parallel else site.output
         features = size_of(x)
         reduced = features // self.reduction if self.reduction and isinstance(features, int) else 1
-        return bottleneck(
+        added = bottleneck(
             x,
             self.hidden_size,
             self.size or max(1, reduced),
@@ -113,6 +116,19 @@ class Bottleneck:
             residual=False,
             like=site.output,
         )
+        if added.shape != site.output.shape:
+            raise ShapeMismatch(
+                f"a body around {site.name!r} cannot add to what it gives: the host changes places, not features alone",
+                node=site.name,
+                sides=[
+                    ("reads", x.name or "", format_shape(x.shape)),
+                    ("host", site.name, format_shape(site.output.shape)),
+                    ("body", added.name or "", format_shape(added.shape)),
+                ],
+                source=site.source,
+                hint="splice it around a layer that keeps the places, or after this one, without parallel=True",
+            )
+        return added
 
 
 def _parallel(cls: Any, size: int = 64, **options: Any) -> Bottleneck:

@@ -22,8 +22,8 @@ from ..imported import Aside, Call, Imported, Module
 from ..layers.table import OPS, runnable
 from ..lower import HALF
 from ..methods import METHODS
-from ..names import check_imported_name, check_input_name, check_name, path_of
-from ..node import Node, Param
+from ..names import body_name, check_imported_name, check_input_name, check_name, path_of
+from ..node import Node, Param, format_shape
 from ..select import Span
 from ..shapes import Spec, Value, infer, uncollected
 from .consistency import HINT, check_consistency, wrong
@@ -120,6 +120,7 @@ class ImportedText(Strict):
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
     kept: list[tuple[Name, Name]] = []
     walked: dict[str, bool] = {}
+    axes: dict[Name, int | None] | None = None
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -236,7 +237,7 @@ def graph_to_json(graph: Graph) -> str:
         "trained": dict(graph._overrides),
     }
     if graph.imported is not None:
-        data["imported"] = _imported_to_json(graph.imported)
+        data["imported"] = {**_imported_to_json(graph.imported), "axes": _axes(graph)}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -304,6 +305,12 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
     }
 
 
+def _axes(graph: Graph) -> dict[str, int | None]:
+    """Where values of the model have their features, if not last; None where that is not known."""
+    hosts = (node for node in graph.nodes() if node.body is None and node.shape)
+    return {node.name or "": node.axis for node in hosts if node.axis != -1}
+
+
 def _param(param: Param) -> dict[str, Any]:
     return {"shape": param.shape, "dtype": _dtype(param.dtype)}
 
@@ -325,10 +332,13 @@ def graph_from_json(text: str) -> Graph:
     """See `Graph.from_json`."""
     data: GraphText = parsed(GraphText, text, "the graph")
     imported = data.imported
+    axes = None if imported is None else imported.axes
     table: dict[str, Node] = {}
     items: dict[str, NodeText] = {}
     bodies: dict[str, Body] = {}
     seen: dict[str, Node] = {}  # as bodies see them: on a half-precision model they compute in float32
+    spliced = {body_name(host, s.name) for s in data.splices for host in s.hosts or ()}
+    made = {written: read for b in data.bodies if b.name in spliced for read, written in b.calls}
     for item in data.nodes:
         hosted = imported is not None and item.body is None
         (check_imported_name if hosted else _check_own_name)(item.name)
@@ -338,14 +348,20 @@ def graph_from_json(text: str) -> Graph:
         if missing:
             raise GraphError(f"the graph is not readable: {item.name!r} reads {missing[0]!r}, which is not before it")
         if hosted:
-            node = _host_node(item)
+            node = _host_node(item, axes)
         else:
             node = _own_node(item, seen)
             first = items.get(path_of(item.name)) if imported is not None else None
             if first is not None:
                 _check_further(item, first)
+                node = replace(node, axis=table[first.name].axis)
+        if made.get(item.name) in table:
+            node = replace(node, axis=table[made[item.name]].axis)
         table[item.name], items[item.name] = node, item
         seen[item.name] = replace(node, dtype=torch.float32) if hosted and node.dtype in HALF else node
+    for name in axes or ():
+        if name not in table or table[name].body is not None or not table[name].shape:
+            raise wrong(f"axes: {name!r} is no tensor of the model", name)
     for b in data.bodies:
         if b.name in bodies:
             raise wrong(f"two bodies are called {b.name!r}", b.name)
@@ -387,7 +403,7 @@ def _value(value: Any) -> Any:
     return tuple(_value(v) for v in value) if isinstance(value, list) else value
 
 
-def _host_node(item: NodeText) -> Node:
+def _host_node(item: NodeText, axes: Mapping[str, int | None] | None) -> Node:
     if not item.op.isidentifier():
         raise GraphError(f"the graph is not readable: {item.op!r} is no op", node=item.name)
     if item.options:
@@ -395,7 +411,11 @@ def _host_node(item: NodeText) -> Node:
     params = {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()}
     shape = None if item.shape is None else tuple(item.shape)
     dtype = None if item.dtype is None else dtype_from(item.dtype)
-    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params)
+    # a file from before the features were told says nothing of any
+    axis = None if axes is None or not shape else axes.get(item.name, -1)
+    if axis is not None and not -len(shape or ()) <= axis < 0:
+        raise wrong(f"axes: {item.name!r} has no dimension {axis}: {format_shape(shape)}", item.name)
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, params=params, axis=axis)
 
 
 def _check_further(item: NodeText, first: NodeText) -> None:
@@ -411,6 +431,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
     shape = None if item.shape is None else tuple(item.shape)
     dtype = None if item.dtype is None else dtype_from(item.dtype)
     params: Mapping[str, Param] = {}
+    axis = None
     if item.op == "input":
         check_input_name(item.name)
         shape, dtype = shape or (), dtype or torch.float32
@@ -421,7 +442,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
     elif item.op == "constant":
         options = {"value": _constant(item, shape, dtype)}
     elif item.op in OPS:
-        found, params = _computed(item, options, table)
+        found, params, axis = _computed(item, options, table)
         if found != (shape, dtype):
             raise GraphError(
                 f"the graph is not readable: {item.name!r} cannot give {shape}",
@@ -434,7 +455,7 @@ def _own_node(item: NodeText, table: Mapping[str, Node]) -> Node:
         )
     if {k: Param(tuple(p.shape), dtype_from(p.dtype)) for k, p in item.params.items()} != dict(params):
         raise wrong(f"{item.name!r} has other parameters than its op {item.op!r} makes", item.name)
-    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body)
+    return Node(item.op, tuple(item.inputs), item.name, shape, dtype, options, params, item.body, axis=axis)
 
 
 def _parameter(item: NodeText, shape: Any, dtype: torch.dtype | None) -> Param:
@@ -462,15 +483,15 @@ def _constant(item: NodeText, shape: Any, dtype: torch.dtype | None) -> torch.Te
 
 def _computed(
     item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node]
-) -> tuple[tuple[Any, Any], Mapping[str, Param]]:
-    """Shape, dtype and parameters of a node, from what it reads."""
+) -> tuple[tuple[Any, Any], Mapping[str, Param], int | None]:
+    """Shape and dtype, parameters and the dimension of the features of a node, from what it reads."""
     if item.op == "item":
         value: Value | None = _part(item, options, table)
         params: Mapping[str, Param] = {}
     else:
         spec = _spec(item.op, options, [table[i] for i in item.inputs], item.name)
         value, params = spec.value, spec.params
-    return (None, None) if value is None else (value.shape, value.dtype), params
+    return ((None, None), params, None) if value is None else ((value.shape, value.dtype), params, value.axis)
 
 
 def _spec(op: str, options: Mapping[str, Any], inputs: list[Node], name: str | None) -> Spec:

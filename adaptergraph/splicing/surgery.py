@@ -298,6 +298,8 @@ class _Splicing:
                 source=source,
                 hint=f"end the body with the shape of its host: {format_shape(handle.shape)}",
             )
+        # who reads it takes it for what the host gave
+        new[-1] = replace(new[-1], axis=handle.axis)
         return new
 
     def read(self, node: Node, handles: Mapping[int, tuple[str, str]], scope: str, near: set[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from ..axes import Axes, op_name
 from .calls import Frame, Made, Record
 from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
@@ -45,6 +45,7 @@ class Recorder:
         self.owned: set[int] = set()
         self.ways = Ways()
         self.walks = Walks()
+        self.axes = Axes()
         self.claims: list[tuple[str, tuple[Record, Any], frozenset[Passed]]] = []
         # the containers that the model was given; what calls hand on in them, or in one of their own that is not copied
         self.lasting: dict[int, Any] = {}
@@ -308,6 +309,7 @@ class Recorder:
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             inner = frame.returned.get(id(tensor), tensor)
+            self.axes.hand_on(self.values.get(id(inner)), (record, path))
             if self.made_in(inner, frame):
                 # the module may keep it
                 self.values[id(inner)] = (record, path)
@@ -325,6 +327,7 @@ class Recorder:
         elif (unseen := self.unseen(inner, frame)) is not None:
             record.op, record.reads = "unseen", unseen
         record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+        self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         self.bind(tensor, record, ())
         caller.records.append(record)
 
@@ -430,6 +433,10 @@ class Recorder:
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
+        # a TorchScript function is called as it likes
+        if getattr(func, "__module__", None) != __name__:
+            results = [((record, path), tensor) for path, tensor in outs]
+            self.axes.follow(record.op, args, kwargs, results, lambda t: self.values.get(id(t)))
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
@@ -447,7 +454,9 @@ class Recorder:
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
-        record.outs.setdefault(key, (tuple(tensor.shape), tensor.dtype))
+        if key not in record.outs:
+            record.outs[key] = (tuple(tensor.shape), tensor.dtype)
+            self.axes.hand_on(self.values.get(id(tensor)), (record, key))
         if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
         self.written.add(storage(tensor))
@@ -462,9 +471,10 @@ class Recorder:
                 continue
             if where is None or where not in keys:
                 # another view: what was not written comes from the value that it had
+                keys[where] = ("view", number)
                 if old is not None:
                     record.reads.append(old)
-                keys[where] = ("view", number)
+                    self.axes.hand_on(old, (record, keys[where]))
                 record.outs[keys[where]] = (tuple(alias.shape), alias.dtype)
             self.values[id(alias)] = (record, keys[where])
 
@@ -524,17 +534,6 @@ def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: lis
 def _replaces(func: Any) -> bool:
     """Whether a function gives its first argument other memory, which no version counts."""
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
-
-
-_NO_WORD = re.compile(r"\W+")
-
-
-def op_name(func: Any) -> str:
-    """What an operation is called in a graph."""
-    name = getattr(func, "__name__", type(func).__name__)
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "get")
-    return _NO_WORD.sub("_", name.strip("_") if name.startswith("__") else name) or "op"
 
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

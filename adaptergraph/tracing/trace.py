@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, here
+from ..features import last_without_convolutions
 from ..graph import Graph, leaves
 from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
@@ -358,6 +359,7 @@ class _Finish:
         self.parts: dict[tuple[Record, Any], str] = {}
 
     def graph(self) -> Graph:
+        self.recorder.axes.settle()
         own: dict[str, dict[str, Param]] = {}
         params: dict[str, Param] = {}
         tied: dict[str, str] = {}
@@ -400,7 +402,9 @@ class _Finish:
             given=self.given,
             host=self.model,
         )
-        return Graph._of(nodes=self.nodes, outputs=outputs, imported=imported).check()
+        convolutions = {record.final().name for record, _ in self.recorder.axes.convolutions}
+        nodes = last_without_convolutions(self.nodes, convolutions)
+        return Graph._of(nodes=nodes, outputs=outputs, imported=imported).check()
 
     def name(self, record: Record) -> None:
         if record.kind == "module":
@@ -416,7 +420,8 @@ class _Finish:
         name = record.name or type(self.model).__name__
         record.name = name
         shape, dtype = (None, None) if record.silent else record.outs[record.main]
-        self.nodes[name] = Node(record.op, inputs, name, shape, dtype and self.dtype(dtype), params=params)
+        axis = self.recorder.axes.known.get((record, record.main))
+        self.nodes[name] = Node(record.op, inputs, name, shape, dtype and self.dtype(dtype), params=params, axis=axis)
         if record.kind != "input":
             self.scopes[name] = record.scope
 
@@ -442,7 +447,8 @@ class _Finish:
             # two operations of one name, inside one node
             label += "_"
         shape, dtype = record.outs[key]
-        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
+        axis = self.recorder.axes.known.get((record, key))
+        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype), axis=axis)
         self.scopes[label] = final.scope
         return label
 

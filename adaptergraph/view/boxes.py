@@ -18,7 +18,7 @@ from .data import NOTHING, Shape, Sums
 from .outline import Item, Outline
 
 Kind = Literal["plain", "residual", "side", "again"]
-ADDS = frozenset({"add", "add_", "iadd", "radd"})
+ADDS = frozenset({"add", "add_", "add_alike", "iadd", "radd"})
 _SILENT = ("dropout", "identity")
 _CALL = re.compile(r"@\d+")
 
