@@ -370,7 +370,6 @@ RIGHT = {
     "kept and given to a module, before it": (lambda: GivesTheOther(up=Inner, child=linear), "child", "before"),
     "kept and given to a container": (lambda: GivesTheOther(up=Inner, child=Inner), "up", None),
     "kept and returned by the model": (lambda: ReturnsTheOther(up=Inner), "up", None),
-    "nothing but what was kept is returned": (lambda: ReturnsTheOtherOnly(up=Inner), "up", None),
     "returned by a container, body at the child": (lambda: Plain(up=Holder), "up.inner", None),
     "returned by a container, body at it": (lambda: Plain(up=Holder), "up", None),
     "returned by a container, both": (lambda: Plain(up=Holder), ["up.inner", "up"], None),
@@ -449,6 +448,12 @@ REFUSED = {
     ),
     "argument and list": (lambda: TwoWays(up=linear, child=BothAtOnce), "child", "before", "'child/mul' reads what"),
 }
+
+
+def test_a_module_of_which_only_what_it_keeps_is_read_is_no_place_for_a_body():
+    graph = ag.trace(ReturnsTheOtherOnly(up=Inner), torch.randn(4, 6))
+    with pytest.raises(ag.BadSplice, match="'up' gives a value that nothing reads: a body there would change nothing"):
+        graph.splice("up", METHOD)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -375,13 +375,6 @@ def test_a_container_that_writes_through_a_view_can_have_a_body():
     assert model(x).shape == (5, 4)
 
 
-def test_an_input_that_the_forward_overwrites_is_no_input_for_a_body():
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.ones(1, 4)
-    graph = ag.trace(model, x)
-    with pytest.raises(ag.BadSplice, match="reads 0 float tensors"):
-        graph.splice("1", lambda site: site.output + ag.dense(site.input, 4), where="around")
-
-
 class Pair(NamedTuple):
     """A named tuple."""
 

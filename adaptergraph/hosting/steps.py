@@ -34,6 +34,7 @@ class Step:
         child: run the body of this name on it.
         reads: what else the body is given: arguments of the host, or values of the frame.
         keep: note the result in the frame.
+        copied: what is noted is a copy, as the model will write into the value itself.
         owner: the module that has the body, if it is not the host itself.
     """
 
@@ -42,6 +43,7 @@ class Step:
     child: str | None = None
     reads: tuple[Argument | Key, ...] = ()
     keep: Key | None = None
+    copied: bool = False
     owner: Any = None
 
     @property
@@ -102,7 +104,7 @@ def done(self: nn.Module, token: Token | None, step: Step, value: Tensor, args: 
         more = [frames.read(token, r) if isinstance(r, Key) else _argument(args, kwargs, r) for r in step.reads]
         value = body(value, *more)  # type: ignore[misc]
     if step.keep is not None:
-        frames.keep(token, step.keep, value)
+        frames.keep(token, step.keep, value.clone() if step.copied else value)
     return value
 
 

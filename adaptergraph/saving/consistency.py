@@ -209,14 +209,15 @@ class _Tables:
             raise wrong(f"{place} gives {call.output!r} at {list(call.path)}, and its parts say otherwise", scope)
 
     def check_asides(self) -> None:
-        """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call."""
-        for kept in self.imported.kept:
-            if kept not in self.nodes or self.nodes[kept].body is not None:
-                raise wrong(f"kept: {kept!r} is no node of the model", kept)
+        """What is kept, overwritten, or came past a call is a node of the model; the last came to a node or call."""
+        for table in ("kept", "overwritten"):
+            for name in getattr(self.imported, table):
+                if name not in self.nodes or self.nodes[name].body is not None:
+                    raise wrong(f"{table}: {name!r} is no node of the model", name)
         for aside in self.imported.asides:
-            if aside.scope not in self.calls:
+            if aside.scope not in self.calls and "/" not in aside.scope:
                 raise wrong(f"asides: {aside.scope!r} is no call", aside.scope)
-            for name, calls in ((aside.value, {}), (aside.reader, self.calls)):
+            for name, calls in ((aside.value, {}), (aside.reader, self.calls), (aside.scope, self.calls)):
                 node = self.nodes.get(name or "")
                 if name is not None and name not in calls and (node is None or node.body is not None):
                     raise wrong(f"asides: {name!r} is no node of the model" + (", nor a call" if calls else ""), name)

@@ -119,6 +119,7 @@ class ImportedText(Strict):
     scopes: dict[Name, str] = {}
     asides: list[tuple[str, Literal["entry", "exit"], Name | None, str, bool]] = []
     kept: list[Name] = []
+    overwritten: list[Name] = []
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -284,6 +285,7 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
         "scopes": dict(imported.scopes),
         "asides": [(a.scope, a.at, a.value, a.reader, a.whole) for a in imported.asides],
         "kept": list(imported.kept),
+        "overwritten": list(imported.overwritten),
         "example": imported.example,
     }
 
@@ -495,5 +497,6 @@ def _imported_from_json(data: ImportedText) -> Imported:
         scopes=data.scopes,
         asides=tuple(Aside(*a) for a in data.asides),
         kept=tuple(data.kept),
+        overwritten=tuple(data.overwritten),
         example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
     )

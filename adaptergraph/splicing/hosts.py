@@ -8,7 +8,6 @@ from ..bodies import Body
 from ..collect import alive
 from ..errors import BadSplice, Source
 from ..graph import Graph
-from ..imported import Imported
 from ..names import path_of
 from ..select import Selection, Selector, Span, entries_of, hits, in_graph_order, is_pattern
 
@@ -222,7 +221,7 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
 def refuse_unread(graph: Graph, bodies: list[str], source: Source | None) -> None:
     """Refuses new bodies of an imported graph of which nothing comes, at no call of their host.
 
-    Where the model keeps the value beside its outputs, or reads it past the host, a body is let be.
+    Where the model keeps the value beside its outputs, a body is let be.
 
     Raises:
         BadSplice: and names the host, and an output of it that is read, or a module before it.
@@ -232,16 +231,10 @@ def refuse_unread(graph: Graph, bodies: list[str], source: Source | None) -> Non
     read = alive(graph)
     for name in bodies:
         body = graph.bodies[name]
-        if any(written in read for _, written in body.calls) or _may_be_read(graph, graph.imported, body):
+        values = {value for call in body.calls for value in call}.union(graph.calls_of(body.host))
+        if any(written in read for _, written in body.calls) or not values.isdisjoint(graph.imported.kept):
             continue
         raise _unread(graph, body, read, source)
-
-
-def _may_be_read(graph: Graph, imported: Imported, body: Body) -> bool:
-    """Whether somebody may read the value of a host without that the edges say so."""
-    values = {value for call in body.calls for value in call}.union(graph.calls_of(body.host))
-    past = (a for a in imported.asides if path_of(a.scope) == path_of(body.host))
-    return not values.isdisjoint(imported.kept) or any(a.value is None or a.value in values for a in past)
 
 
 def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | None) -> BadSplice:

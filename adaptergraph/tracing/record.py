@@ -40,6 +40,10 @@ class Recorder:
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.written: set[int] = set()
+        # values whose memory holds others now
+        self.overwritten: dict[tuple[Record, Any], None] = {}
+        # operations that gave another tensor over memory which somebody then wrote into, and a call that reads it
+        self.tied: list[tuple[Record, str]] = []
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
@@ -164,12 +168,11 @@ class Recorder:
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
         caller = self.frames[-1]
-        given = [t for _, t in tensors((args, kwargs))]
-        reads = [(origin, self.past(t, caller)) for t in given if (origin := self.origin(t, caller)) is not None]
+        given = [(t, origin) for _, t in tensors((args, kwargs)) if (origin := self.origin(t, caller)) is not None]
         frame = Frame(path, index, f"{path}@{index}" if index else path, caller)
-        frame.versions = {id(t): version(t) for t in given}
-        frame.reads = [origin for origin, _ in reads]
-        frame.past = [(origin, past) for origin, past in reads if past]
+        frame.entered = {id(t): origin for t, origin in given}
+        frame.reads = [origin for _, origin in given]
+        frame.past = [(origin, past) for t, origin in given if (past := self.past(t, caller))]
         self.frames.append(frame)
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -366,18 +369,15 @@ class Recorder:
         return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
 
     def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: Frame) -> list[tuple[str, Any]]:
-        """The float tensors among the arguments by name, without those that the forward overwrote."""
+        """The float tensors among the arguments by name, as they were when the call began."""
         try:
             named = by_name(self.signatures[id(module)], args, kwargs)
         except TypeError:
             return []
         return [
-            (name, self.values[id(v)])
+            (name, frame.entered[id(v)])
             for name, v in named.items()
-            if isinstance(v, Tensor)
-            and v.dtype.is_floating_point
-            and id(v) in self.values
-            and version(v) == frame.versions.get(id(v))
+            if isinstance(v, Tensor) and v.dtype.is_floating_point and id(v) in frame.entered
         ]
 
     def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -424,11 +424,12 @@ class Recorder:
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, fresh)
             outs = list(tensors(result))
+        self.overwritten.update((self.values[id(t)], None) for t in mutated if id(t) in self.values)
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
-            if storage(tensor) in memory:
-                self.ways.derive(tensor, memory[storage(tensor)])
+            if (origin := memory.get(storage(tensor))) is not None and tensor is not origin:
+                self.ways.derive(tensor, origin, view=record.number)
             if id(tensor) in self.values and any(tensor is t for t in mutated):
                 self.values[id(tensor)] = (record, path)
             else:
@@ -454,6 +455,8 @@ class Recorder:
             old, where = self.values.get(id(alias)), place(alias)
             if old is not None and old[0] is record:
                 continue
+            if old is not None:
+                self.overwritten[old] = None
             if where is None or where not in keys:
                 # another view: what was not written comes from the value that it had
                 if old is not None:
@@ -467,6 +470,7 @@ class Recorder:
         self.root = self.frames[0].records
         self.results = [(p, self.values[id(t)]) for p, t in tensors(returned) if id(t) in self.values]
         known = [(weakref.ref(t), self.values[id(t)]) for t in self.alive if id(t) in self.values]
+        self.tied = [(r, self.ways.tied[r.number]) for r in self.root if r.number in self.ways.tied]
         self.forget()
         self.kept += [value for ref, value in known if ref() is not None]
 

@@ -393,8 +393,9 @@ class _Finish:
             tied=tied,
             readers=self.readers,
             scopes=self.scopes,
-            asides=tuple(self.asides()),
+            asides=tuple(dict.fromkeys(self.asides())),
             kept=tuple(self.kept(outputs)),
+            overwritten=tuple(self.overwritten()),
             example=self.example,
             given=self.given,
             host=self.model,
@@ -478,12 +479,19 @@ class _Finish:
                 if self.is_read(*value) and self.may_stand(scope, at, always, value):
                     whole = not always and times == reads[reader, value]
                     yield Aside(scope, at, None if always else self.edge(*value), reader, whole)
+        for operation, reader in self.recorder.tied:
+            yield Aside(operation.name, "exit", None, reader)
 
     def kept(self, outputs: Any) -> list[str]:
         """What somebody may read when the forward has returned, beside what it returns."""
         found = {self.edge(*v) if self.is_read(*v) else v[0].final().name for v in self.recorder.kept}
         found.difference_update(leaves(outputs))
         return [name for name, node in self.nodes.items() if name in found and node.op != "input"]
+
+    def overwritten(self) -> list[str]:
+        """The values that are no longer in their memory when the forward has returned."""
+        found = {self.edge(*v) for v in self.recorder.overwritten if self.is_read(*v)}
+        return [name for name in self.nodes if name in found]
 
     def may_stand(self, scope: str, at: str, always: bool, value: tuple[Record, Any]) -> bool:
         """Whether a body at this entry or exit replaces this value, or changes what is read all the same."""
