@@ -26,6 +26,7 @@ class Faker:
         self.dtype = dtype
         self.made_of: list[Tensor] = []
         self.twins: dict[int, Any] = {}
+        self.further: list[Any] = []
 
     def __call__(self, tensor: Tensor) -> Any:
         if id(tensor) not in self.twins:
@@ -33,6 +34,13 @@ class Faker:
             self.made_of.append(tensor)
             self.twins[id(tensor)] = self.made(tensor)
         return self.twins[id(tensor)]
+
+    def given(self, tensor: Tensor) -> Any:
+        """A twin for one place among the arguments: another one for each, unless the tensor is the model's own."""
+        if id(tensor) in self.twins:
+            return self.twins[id(tensor)]
+        self.further.append(self.made(tensor))
+        return self.further[-1]
 
     def made(self, tensor: Tensor) -> Any:
         """A tensor of the same shape without values."""

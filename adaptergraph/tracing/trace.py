@@ -255,15 +255,14 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         if mode is not None:
             faked = Faker(mode, recorder.dtype)
             faked.swap(recorder.modules.values())
-            args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
+            args, kwargs = _mapped(args, faked.given), _mapped(kwargs, faked.given)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
-            for twin in faked.twins.values():
+            for twin in (*faked.twins.values(), *faked.further):
                 recorder.hold(twin)
             stack.enter_context(mode)
         else:
             recorder.real = True
-            clone = functools.cache(torch.clone)
-            args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
+            args, kwargs = _mapped(args, torch.clone), _mapped(kwargs, torch.clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
             for tensor in _held(model):
                 recorder.hold(tensor)
