@@ -108,24 +108,73 @@ def done(self: nn.Module, token: Token | None, step: Step, value: Tensor, args: 
     return value
 
 
+# ---------------------------------------------------------------------- calls that differ from the traced one
+
+AGAIN = "trace the model with the arguments that it is called with now"
+
+
+def refuse_arguments(host: str, step: Step, args: Any, kwargs: Any) -> None:
+    """Says which argument that a step needs is not given, or is no tensor; all is well where each is one.
+
+    Raises:
+        GraphError: and names the host.
+    """
+    for argument in (step.at, *step.reads):
+        if not isinstance(argument, Argument):
+            continue
+        try:
+            found = _kind(_argument(args, kwargs, argument))
+        except KeyError:
+            found = "not given"
+        if found:
+            raise GraphError(
+                f"a body at {host!r} reads its argument {argument.name!r}, which is {found} in this call",
+                node=host,
+                hint=AGAIN,
+            ) from None
+
+
+def refuse_output(host: str, step: Step, out: Any) -> None:
+    """Says that a host returned no tensor where it returned one when it was traced; all is well where it did.
+
+    Raises:
+        GraphError: and names the host.
+    """
+    path = step.at if isinstance(step.at, tuple) else ()
+    try:
+        found = _kind(_at(out, path))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        found = "nothing"
+    if found:
+        place = "".join(k if isinstance(k, str) and k.startswith(".") else f"[{k!r}]" for k in path)
+        raise GraphError(
+            f"{host!r} returns another structure than when it was traced",
+            node=host,
+            sides=[
+                ("traced", f"a tensor{' at ' if path else ''}{place}"),
+                ("now", f"{type(out).__name__}, {found} there"),
+            ],
+            hint=AGAIN,
+        ) from None
+
+
+def _kind(value: Any) -> str:
+    """What a value is instead of a tensor; nothing for a tensor."""
+    return "" if isinstance(value, Tensor) else "None" if value is None else f"a {type(value).__name__}"
+
+
 def _argument(args: Any, kwargs: Any, argument: Argument) -> Any:
     if argument.position is not None and argument.position < len(args):
         return args[argument.position]
     if argument.name in kwargs:
         return kwargs[argument.name]
-    raise GraphError(
-        f"a body reads the argument {argument.name!r} of its host, which this call does not give",
-        hint="trace the model with the arguments that it is called with now",
-    )
+    raise KeyError(argument.name)
 
 
 def _at(out: Any, path: Path) -> Any:
     for key in path:
         if isinstance(out, Tensor):
-            raise GraphError(
-                "a module with a body returned a tensor where it returned a structure when it was traced",
-                hint="trace it with the arguments that it is called with now",
-            )
+            raise TypeError("a tensor holds no other")
         out = getattr(out, key[1:]) if isinstance(key, str) and key.startswith(".") else out[key]
     return out
 
