@@ -56,7 +56,7 @@ def test_a_host_that_returns_another_structure_is_named(traced, called):
         # the traced place holds a tensor in both
         adapted(x, called)
         return
-    with pytest.raises(ag.GraphError, match="^'a' returns another structure than when it was traced") as error:
+    with pytest.raises(ag.GraphError, match=r"^'a' returns another structure than when it was traced") as error:
         adapted(x, called)
     text = str(error.value)
     assert re.search(rf"traced +{re.escape(KINDS[traced][0])}\n +now +{KINDS[called][1]}, ", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import _lru_cache_wrapper
 from types import FunctionType, ModuleType
@@ -16,6 +16,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # a part of the model or of a library, never of one call
 _SHARED = (type, nn.Module, FunctionType, ModuleType)
+
+
+# whose real kernels take tensors of one dtype only, and whose fake ones take any
+_ONE_DTYPE = {"linear", "matmul", "mm", "mv", "addmm", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+
+
+class OtherDtype(RuntimeError):
+    """An operation was given a tensor of another dtype than a parameter that it reads."""
+
+    def __init__(self, operation: str, given: torch.dtype, name: str, wanted: torch.dtype) -> None:
+        super().__init__(f"{operation} is given {given}, and reads {name!r}, which is {wanted}")
+        self.given, self.wanted = given, wanted
+
+
+def refuse_other_dtype(operation: str, given: list[Tensor], parameters: Mapping[int, str]) -> None:
+    """Refuses what a fake kernel takes and a real one does not.
+
+    Raises:
+        OtherDtype: and names the parameter.
+    """
+    if operation not in _ONE_DTYPE or torch._C._is_any_autocast_enabled():
+        return
+    for own in (t for t in given if id(t) in parameters):
+        for other in (t for t in given if t.dtype != own.dtype):
+            raise OtherDtype(operation, other.dtype, parameters[id(own)], own.dtype)
 
 
 class Faker:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from .calls import Frame, Made, Record
+from .fakes import refuse_other_dtype
 from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .outside import Outside
@@ -410,6 +411,8 @@ class Recorder:
             return result
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
+        if not self.real and self.dtype is None:
+            refuse_other_dtype(record.op, given, self.parameters)
         for tensor in given:
             if self.origin(tensor, frame) is not None:
                 self.reads(record, tensor, frame)

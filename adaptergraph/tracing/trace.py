@@ -32,7 +32,7 @@ from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
 from .calls import Made, Record
-from .fakes import Faker, clear_caches, copy_over
+from .fakes import Faker, OtherDtype, clear_caches, copy_over
 from .identity import Events, asking, refuse_other_way
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder, bound
@@ -96,7 +96,8 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
         recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
             return recorder
-    raise _failed(model, args, kwargs, *errors[-1]) from errors[-1][0]
+    error, path = next((e for e in errors if isinstance(e[0], OtherDtype)), errors[-1])
+    raise _failed(model, args, kwargs, error, path) from error
 
 
 def _refuse(model: Any) -> None:
@@ -177,6 +178,10 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         hint = (
             f"the parameters are on {', '.join(homes)}: move argument {away[0]} there with .to({next(iter(homes))!r})"
         )
+    elif isinstance(error, OtherDtype):
+        wrong = [k for k, v in given if isinstance(v, Tensor) and v.dtype == error.given]
+        if wrong:
+            hint = f"the parameters are {error.wanted}: give argument {wrong[0]} as that, with .to({error.wanted})"
     elif any(isinstance(v, Mapping) for v in args):
         hint = "arguments by name need two stars: ag.trace(model, **batch)"
     elif not any(True for _ in tensors((args, kwargs))):
@@ -202,7 +207,8 @@ def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
 
 def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
     """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
-    if "bf16" not in str(errors[-1][0]).lower() and "bfloat16" not in str(errors[-1][0]).lower():
+    text = str(errors[-1][0]).lower()
+    if ("bf16" not in text and "bfloat16" not in text) or isinstance(errors[-1][0], OtherDtype):
         return None
     recorder = make(model, torch.bfloat16)
     return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
