@@ -305,17 +305,16 @@ class _Routes:
         if "/" not in value:
             scope, _, label = value.partition(":")
             call = self.imported.call(scope)
-            if label:
-                path = next((p for own, _, p in call.parts if own == label), None)
-                if path is None:
-                    raise BadSplice(
-                        f"{value!r} is computed inside a module without modules, where it cannot be read",
-                        node=value,
-                        source=here(),
-                        hint="read what that module gives",
-                    )
-                return Spot(scope, "exit", path)
-            return Spot(scope, "exit", call.path)
+            path = call.path if call.output and not label else None
+            path = next((p for own, _, p in call.parts if own == label), path)
+            if path is None:
+                raise BadSplice(
+                    f"{value!r} is computed inside a module without modules, where it cannot be read",
+                    node=value,
+                    source=here(),
+                    hint="read what that module gives",
+                )
+            return Spot(scope, "exit", path)
         scope = self.imported.scopes[value]
         ways = self.returned(value, scope)
         if ways:

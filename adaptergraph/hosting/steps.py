@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphError
 from ..imported import Path
-from ..tracing.parts import containers
+from ..tracing.parts import containers, tuple_like, with_field
 from . import frames
 from .frames import Key, Token
 
@@ -184,13 +183,9 @@ def _put(out: Any, path: Path, value: Any, args: Any, kwargs: Any) -> Any:
     key, rest = path[0], path[1:]
     new = _put(_at(out, (key,)), rest, value, args, kwargs) if rest else value
     if isinstance(out, tuple):
-        items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
-        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+        return tuple_like(out, [*out[:key], new, *out[key + 1 :]])  # type: ignore[operator,index]
     if isinstance(key, str) and key.startswith("."):
-        if out.__dataclass_params__.frozen:
-            return dataclasses.replace(out, **{key[1:]: new})
-        setattr(out, key[1:], new)
-        return out
+        return with_field(out, key[1:], new)
     if type(out) in (dict, list) and all(out is not c for c in containers((args, kwargs))):
         # the module may keep what it returned; what it was given, its caller looks into
         out = out.copy()

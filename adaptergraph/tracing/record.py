@@ -20,7 +20,7 @@ from .fakes import refuse_other_dtype
 from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .outside import Outside
-from .parts import PLAIN, containers, replaced, tensors
+from .parts import PLAIN, containers, is_fixed, replaced, tensors
 from .ways import NOTHING, Passed, Ways
 
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
@@ -262,6 +262,7 @@ class Recorder:
                     (frame.scope, self.values[id(t)], caller.scope) for t in found if self.handed_on(t, frame)
                 ]
         inputs = self.float_inputs(module, args, kwargs, frame)
+        outs = [(p, t) for p, t in outs if not is_fixed(output, p)]
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
