@@ -47,7 +47,7 @@ class Aside:
     """A value that came to its reader past a module: one that the module kept on an attribute, say, and returned too.
 
     Attributes:
-        scope: the call past which it came.
+        scope: the call past which it came, or the operation: it gave another tensor over memory that was written into.
         at: past its `"entry"` or its `"exit"`.
         value: the node that the value is; None where any body there would change what is read in a way that no edge can
             say: of memory that somebody wrote into, and of what a call was given and kept.
@@ -78,6 +78,7 @@ class Imported:
             forward had returned, or looked at as numbers; and for each the call whose tensor that is.
         walked: modules over whose children, or if true over all that is at or below them, a forward walks, and computes
             with what it finds.
+        overwritten: values over which the model writes others in their memory: whoever reads one later reads a copy.
         example: the arguments of the traced call, as shapes, for tracing again; None if they were more than tensors
             and plain values.
         given: the arguments of the traced call themselves; None for a graph from a file.
@@ -93,6 +94,7 @@ class Imported:
     asides: tuple[Aside, ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     walked: Mapping[str, bool] = field(default_factory=dict)
+    overwritten: tuple[str, ...] = ()
     example: Any = None
     given: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
     host: torch.nn.Module | None = field(default=None, compare=False, repr=False)

@@ -94,11 +94,11 @@ def wrap_before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def note(module: nn.Module, given: bool = False) -> list[Tensor]:
-    """A list that holds what a module returned last, or was given."""
+    """A list that holds what a module returned last, or was given, whatever is written over it later."""
     seen: list[Tensor] = []
 
     def change(value: Tensor, argument: Tensor) -> Tensor:
-        seen[:] = [argument if given else value]
+        seen[:] = [(argument if given else value).clone()]
         return value
 
     wrap_after(module, change)

@@ -448,6 +448,12 @@ REFUSED = {
 }
 
 
+def test_a_module_of_which_only_what_it_keeps_is_read_is_no_place_for_a_body():
+    graph = ag.trace(ReturnsTheOtherOnly(up=Inner), torch.randn(4, 6))
+    with pytest.raises(ag.BadSplice, match="'up' gives a value that nothing reads: a body there would change nothing"):
+        graph.splice("up", METHOD)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_no_edge_can_say_is_refused_by_name(case):
     make, at, where, said = REFUSED[case]

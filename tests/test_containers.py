@@ -235,9 +235,8 @@ def test_no_body_writes_into_the_callers_container_what_the_model_would_not(kind
     graph = ag.trace(base, kind({"h": torch.randn(4, 6)}))
     with pytest.raises(ag.BadSplice) as error:
         graph.splice("up", METHOD)
-    assert (
-        "the model itself reads what 'up' gives, and not only by way of its exit: on an attribute or in a dict or list"
-        in str(error.value)
+    assert "the model itself reads what 'up' gives, and not only by way of its exit: on an attribute, in a dict" in str(
+        error.value
     )
     model = randomise(graph.splice("up:more", METHOD).compile(), 2.0)
     given = kind({"h": torch.randn(4, 6)})

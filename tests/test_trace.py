@@ -375,13 +375,6 @@ def test_a_container_that_writes_through_a_view_can_have_a_body():
     assert model(x).shape == (5, 4)
 
 
-def test_an_input_that_the_forward_overwrites_is_no_input_for_a_body():
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), torch.ones(1, 4)
-    graph = ag.trace(model, x)
-    with pytest.raises(ag.BadSplice, match="reads 0 float tensors"):
-        graph.splice("1", lambda site: site.output + ag.dense(site.input, 4), where="around")
-
-
 class Pair(NamedTuple):
     """A named tuple."""
 
@@ -660,3 +653,59 @@ def test_a_cache_is_left_as_it_was():
     assert all(type(layer.keys) is torch.Tensor for layer in cache.layers)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, kept, strict=True))
     assert graph.splice("transformer.h.*.mlp", ag.Bottleneck(2)).bodies
+
+
+class Cross(nn.Module):
+    """Reads two arguments."""
+
+    def __init__(self, look=False):
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.look = look
+
+    def forward(self, query, context):
+        if self.look and query.sum() > 1e9:
+            return query
+        return self.o(torch.tanh(self.q(query)) * self.k(context))
+
+
+class Crossed(nn.Module):
+    """The same inside."""
+
+    def __init__(self, look=False):
+        super().__init__()
+        self.c, self.h = Cross(look), nn.Linear(4, 4)
+
+    def forward(self, query, context):
+        return self.h(self.c(query, context))
+
+
+@pytest.mark.parametrize("name", ["query", "context"])
+@pytest.mark.parametrize("look", [False, True], ids=["fake", "real"])
+def test_one_tensor_given_as_two_arguments_is_two_inputs(name, look):
+    """An example says shapes only."""
+    torch.manual_seed(0)
+    base, x, y = Crossed(look).eval(), torch.randn(3, 4), torch.randn(3, 4)
+    graph = ag.trace(base, x, x)
+    assert (graph["c.q"].inputs, graph["c.k"].inputs) == (("query",), ("context",))
+
+    def read(site):
+        return site.output + ag.dense(site.inputs[name], 4, name="t")
+
+    model = graph.splice("c", read, where="around").compile()
+    expected = base.h(base.c(x, y) + model.c.adapter.t({"query": x, "context": y}[name]))
+    torch.testing.assert_close(model(x, y), expected)
+
+
+def test_a_parameter_given_as_an_argument_is_the_models_own():
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, weight):
+            return self.fc(x) @ weight
+
+    base = Takes()
+    graph = ag.trace(base, torch.ones(3, 4), base.fc.weight)
+    assert graph["/matmul"].inputs == ("fc", "weight")

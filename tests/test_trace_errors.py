@@ -209,3 +209,41 @@ def test_models_that_are_sharded(alone):
         ag.trace(model, torch.ones(2, 4))
     assert {n: type(p) for n, p in model.named_parameters()} == state
     assert torch.isfinite(model(torch.ones(2, 4))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_example_of_another_dtype_than_the_parameters(dtype, device):
+    """What torch itself refuses, with values; fake kernels take it."""
+    x = torch.ones(2, 4, device=device).to(dtype)
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4)).to(device)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(x)
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(model, x)
+    text = str(error.value)
+    assert "the forward of Sequential fails with these arguments" in text
+    assert f"linear is given {dtype}, and reads '1.weight', which is torch.float32" in text
+    assert "1 (Linear)" in text
+    hint = "the parameters are torch.float32: give argument 0 as that, with .to(torch.float32)"
+    assert error.value.hint == hint
+
+
+def test_dtypes_that_the_forward_itself_brings_together_are_fine():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x.to(self.fc.weight.dtype))
+
+    class Mixes(Casts):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.fc(x.to(torch.bfloat16))
+
+    for model in (Casts(), Mixes()):
+        model(torch.ones(2, 4, dtype=torch.float64))
+        assert "fc" in ag.trace(model, torch.ones(2, 4, dtype=torch.float64))

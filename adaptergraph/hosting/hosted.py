@@ -27,7 +27,7 @@ from ..errors import BadSplice, GraphError, here
 from . import frames
 from .frames import Key, Token
 from .program import PLAN, SELF, Program
-from .steps import Visit, at_entry, at_exit
+from .steps import Visit, at_entry, at_exit, refuse_arguments, refuse_output
 
 # a forward on the instance that takes the place of the class's own; one around ours stays where it is, at "forward"
 INNER = "_adaptergraph_inner"
@@ -45,6 +45,7 @@ class Plan:
         program: its forward as lowered code, which stops at operations; None for the module's own.
         hidden: children that iteration over a container skips.
         keeps_statistics: a frozen normalisation layer, which stays in eval.
+        path: of the module in its model, for messages.
         around: called with the module and the keyword arguments of each call; gives what the call runs in.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     program: Program | None = None
     hidden: frozenset[str] = field(default_factory=frozenset)
     keeps_statistics: bool = False
+    path: str = ""
     around: Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]] | None = None
 
 
@@ -412,10 +414,19 @@ def _visit(self: Any, plan: Plan, inner: Callable[..., Any], args: Any, kwargs: 
     token = plan.token
     visit = plan.visits[0] if plan.counter is None else _counted(plan, plan.counter)
     for step in visit.entry:
-        args, kwargs = at_entry(self, token, step, args, kwargs)
+        try:
+            args, kwargs = at_entry(self, token, step, args, kwargs)
+        except Exception:
+            refuse_arguments(plan.path, step, args, kwargs)
+            raise
     out = inner(self, plan, args, kwargs)
     for step in visit.exit:
-        out = at_exit(self, token, step, out, args, kwargs)
+        try:
+            out = at_exit(self, token, step, out, args, kwargs)
+        except Exception:
+            refuse_output(plan.path, step, out)
+            refuse_arguments(plan.path, step, args, kwargs)
+            raise
     return out
 
 

@@ -118,6 +118,15 @@ class _Routes:
         return found
 
     @cached_property
+    def overwritten(self) -> set[str]:
+        """What the model writes over at some call, called as in the first one."""
+        return {_uncalled(value) for value in self.imported.overwritten}
+
+    def is_overwritten(self, value: str) -> bool:
+        """Whether the model writes over a value, or over what a body made in the place of it."""
+        return _uncalled(self.origin.get(value, value)) in self.overwritten
+
+    @cached_property
     def taken(self) -> Mapping[str, list[tuple[str, str]]]:
         """For each host's value the calls that have it among their arguments, in the order they run."""
         found: dict[str, list[tuple[str, str]]] = {}
@@ -256,11 +265,11 @@ class _Routes:
         return found
 
     def argument(self, spot: Spot, value: str) -> Argument | None:
-        """The argument of a host by which it is given a value itself."""
+        """The argument of a host by which it is given a value itself; None too if it may hold another one by then."""
         if spot.kind == "inside":
             return None
         for name, raw in self.imported.call(spot.scope).inputs:
-            if self.draft.seen(raw, spot.scope, spot.scope) == value:
+            if self.draft.seen(raw, spot.scope, spot.scope) == value and not self.is_overwritten(value):
                 return self.placed(spot.scope, name)
         return None
 
@@ -287,22 +296,25 @@ class _Routes:
     def seen_at(self, value: str) -> Spot:
         """Where a host's own value can be seen, before any body changed it."""
         node = self.graph._nodes[value]
+        for taker, argument in self.taken.get(value, ()):
+            caller = self.imported.call(taker).caller
+            if self.wanted[value] == {taker} and self.draft.seen(value, caller, taker) == value:
+                return Spot(taker, "entry", argument)
         if node.op == "input":
             return Spot("", "entry", value.removeprefix("/"))
         if "/" not in value:
             scope, _, label = value.partition(":")
             call = self.imported.call(scope)
-            if label:
-                path = next((p for own, _, p in call.parts if own == label), None)
-                if path is None:
-                    raise BadSplice(
-                        f"{value!r} is computed inside a module without modules, where it cannot be read",
-                        node=value,
-                        source=here(),
-                        hint="read what that module gives",
-                    )
-                return Spot(scope, "exit", path)
-            return Spot(scope, "exit", call.path)
+            path = call.path if call.output and not label else None
+            path = next((p for own, _, p in call.parts if own == label), path)
+            if path is None:
+                raise BadSplice(
+                    f"{value!r} is computed inside a module without modules, where it cannot be read",
+                    node=value,
+                    source=here(),
+                    hint="read what that module gives",
+                )
+            return Spot(scope, "exit", path)
         scope = self.imported.scopes[value]
         ways = self.returned(value, scope)
         if ways:
@@ -414,6 +426,7 @@ class _Routes:
                 child=act.child,
                 reads=tuple(r if isinstance(r, Argument) else self.key(r, scope, openers) for r in act.reads),
                 keep=self.key(act.gives, scope, openers) if act.gives in self.wanted else None,
+                copied=act.gives in self.wanted and self.is_overwritten(act.gives),
                 owner=None if act.owner is None else self.model.get_submodule(act.owner),
             )
             if act.spot.kind == "entry":

@@ -132,7 +132,7 @@ def _put_on(
     for path, route in routes.items():
         plan = host(model.get_submodule(path))
         plan.visits, plan.counter, plan.opens = route.visits, route.counter, route.opens
-        plan.token = token if route.framed else None
+        plan.token, plan.path = token if route.framed else None, path or type(model).__name__
         plan.program = programs.get(path)
         if path:
             _turn_off_fused_paths(model, path, record)

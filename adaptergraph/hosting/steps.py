@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphError
 from ..imported import Path
-from ..tracing.parts import holds
+from ..tracing.parts import holds, tuple_like, with_field
 from . import frames
 from .frames import Key, Token
 
@@ -34,6 +33,7 @@ class Step:
         child: run the body of this name on it.
         reads: what else the body is given: arguments of the host, or values of the frame.
         keep: note the result in the frame.
+        copied: what is noted is a copy, as the model will write into the value itself.
         owner: the module that has the body, if it is not the host itself.
     """
 
@@ -42,6 +42,7 @@ class Step:
     child: str | None = None
     reads: tuple[Argument | Key, ...] = ()
     keep: Key | None = None
+    copied: bool = False
     owner: Any = None
 
     @property
@@ -102,8 +103,63 @@ def done(self: nn.Module, token: Token | None, step: Step, value: Tensor, args: 
         more = [frames.read(token, r) if isinstance(r, Key) else _argument(args, kwargs, r) for r in step.reads]
         value = body(value, *more)  # type: ignore[misc]
     if step.keep is not None:
-        frames.keep(token, step.keep, value)
+        frames.keep(token, step.keep, value.clone() if step.copied else value)
     return value
+
+
+# ---------------------------------------------------------------------- calls that differ from the traced one
+
+AGAIN = "trace the model with the arguments that it is called with now"
+
+
+def refuse_arguments(host: str, step: Step, args: Any, kwargs: Any) -> None:
+    """Says which argument that a step needs is not given, or is no tensor; all is well where each is one.
+
+    Raises:
+        GraphError: and names the host.
+    """
+    for argument in (step.at, *step.reads):
+        if not isinstance(argument, Argument):
+            continue
+        try:
+            found = _kind(_argument(args, kwargs, argument))
+        except KeyError:
+            found = "not given"
+        if found:
+            raise GraphError(
+                f"a body at {host!r} reads its argument {argument.name!r}, which is {found} in this call",
+                node=host,
+                hint=AGAIN,
+            ) from None
+
+
+def refuse_output(host: str, step: Step, out: Any) -> None:
+    """Says that a host returned no tensor where it returned one when it was traced; all is well where it did.
+
+    Raises:
+        GraphError: and names the host.
+    """
+    path = step.at if isinstance(step.at, tuple) else ()
+    try:
+        found = _kind(_at(out, path))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        found = "nothing"
+    if found:
+        place = "".join(k if isinstance(k, str) and k.startswith(".") else f"[{k!r}]" for k in path)
+        raise GraphError(
+            f"{host!r} returns another structure than when it was traced",
+            node=host,
+            sides=[
+                ("traced", f"a tensor{' at ' if path else ''}{place}"),
+                ("now", f"{type(out).__name__}, {found} there"),
+            ],
+            hint=AGAIN,
+        ) from None
+
+
+def _kind(value: Any) -> str:
+    """What a value is instead of a tensor; nothing for a tensor."""
+    return "" if isinstance(value, Tensor) else "None" if value is None else f"a {type(value).__name__}"
 
 
 def _argument(args: Any, kwargs: Any, argument: Argument) -> Any:
@@ -111,19 +167,13 @@ def _argument(args: Any, kwargs: Any, argument: Argument) -> Any:
         return args[argument.position]
     if argument.name in kwargs:
         return kwargs[argument.name]
-    raise GraphError(
-        f"a body reads the argument {argument.name!r} of its host, which this call does not give",
-        hint="trace the model with the arguments that it is called with now",
-    )
+    raise KeyError(argument.name)
 
 
 def _at(out: Any, path: Path) -> Any:
     for key in path:
         if isinstance(out, Tensor):
-            raise GraphError(
-                "a module with a body returned a tensor where it returned a structure when it was traced",
-                hint="trace it with the arguments that it is called with now",
-            )
+            raise TypeError("a tensor holds no other")
         out = getattr(out, key[1:]) if isinstance(key, str) and key.startswith(".") else out[key]
     return out
 
@@ -133,13 +183,9 @@ def _put(out: Any, path: Path, value: Any, args: Any, kwargs: Any) -> Any:
     key, rest = path[0], path[1:]
     new = _put(_at(out, (key,)), rest, value, args, kwargs) if rest else value
     if isinstance(out, tuple):
-        items = [*out[:key], new, *out[key + 1 :]]  # type: ignore[operator,index]
-        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+        return tuple_like(out, [*out[:key], new, *out[key + 1 :]])  # type: ignore[operator,index]
     if isinstance(key, str) and key.startswith("."):
-        if out.__dataclass_params__.frozen:
-            return dataclasses.replace(out, **{key[1:]: new})
-        setattr(out, key[1:], new)
-        return out
+        return with_field(out, key[1:], new)
     if type(out) in (dict, list) and not holds((*args, *kwargs.values()), out):
         # the module may keep what it returned; what it was given, its caller looks into
         out = out.copy()

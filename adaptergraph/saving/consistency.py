@@ -211,7 +211,7 @@ class _Tables:
     def check_asides(self) -> None:
         """What is kept, or came past a call, is a node of the model; the latter came to a node or to a call.
 
-        What is walked over is a module.
+        What is overwritten is a node of the model too, and what is walked over is a module.
         """
         for path in self.imported.walked:
             if path not in self.imported.modules:
@@ -221,10 +221,13 @@ class _Tables:
                 raise wrong(f"kept: {kept!r} is no node of the model", kept)
             if scope and scope not in self.calls:
                 raise wrong(f"kept: {scope!r} is no call", scope)
+        for value in self.imported.overwritten:
+            if value not in self.nodes or self.nodes[value].body is not None:
+                raise wrong(f"overwritten: {value!r} is no node of the model", value)
         for aside in self.imported.asides:
-            if aside.scope not in self.calls:
+            if aside.scope not in self.calls and "/" not in aside.scope:
                 raise wrong(f"asides: {aside.scope!r} is no call", aside.scope)
-            for name, calls in ((aside.value, {}), (aside.reader, self.calls)):
+            for name, calls in ((aside.value, {}), (aside.reader, self.calls), (aside.scope, self.calls)):
                 node = self.nodes.get(name or "")
                 if name is not None and name not in calls and (node is None or node.body is not None):
                     raise wrong(f"asides: {name!r} is no node of the model" + (", nor a call" if calls else ""), name)

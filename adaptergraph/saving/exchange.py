@@ -121,6 +121,7 @@ class ImportedText(Strict):
     kept: list[tuple[Name, Name]] = []
     walked: dict[str, bool] = {}
     axes: dict[Name, int | None] | None = None
+    overwritten: list[Name] = []
     example: dict[str, ParamText | ValueText] | None = None
 
 
@@ -301,6 +302,7 @@ def _imported_to_json(imported: Imported) -> dict[str, Any]:
         "asides": [(a.scope, a.at, a.value, a.reader, a.whole) for a in imported.asides],
         "kept": list(imported.kept),
         "walked": dict(imported.walked),
+        "overwritten": list(imported.overwritten),
         "example": imported.example,
     }
 
@@ -533,5 +535,6 @@ def _imported_from_json(data: ImportedText) -> Imported:
         asides=tuple(Aside(*a) for a in data.asides),
         kept=tuple(data.kept),
         walked=data.walked,
+        overwritten=tuple(data.overwritten),
         example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
     )

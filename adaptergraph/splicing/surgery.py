@@ -186,16 +186,17 @@ class _Splicing:
             BadSplice: not all of what they read is that value, so that the graph cannot say what they read.
         """
         imported, before = self.draft.graph.imported, self.where == "before"
-        if imported is None or "/" in self.host:
+        if imported is None:
             return set()
         raw = dict(imported.call(scope).inputs)[self.argument] if before else output
-        asides = imported.past(scope, "entry" if before else "exit", raw)
+        place = output if "/" in self.host else scope
+        asides = imported.past(place, "entry" if before else "exit", raw)
         for aside in asides:
             if not aside.whole:
                 reader = repr(aside.reader) if aside.reader else "the model itself"
                 raise BadSplice(
                     f"{reader} reads what {self.host!r} {'is given' if before else 'gives'}, "
-                    f"and not only by way of its {aside.at}: on an attribute or in a dict or list, say",
+                    f"and not only by way of its {aside.at}: on an attribute, in a dict or list, or in one memory",
                     node=self.host,
                     sides=[("value", raw), ("read by", reader), ("past", f"the {aside.at} of {aside.scope!r}")],
                     source=self.source,

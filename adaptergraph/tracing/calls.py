@@ -52,13 +52,13 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class Frame:
-    """A module call that is running."""
+    """A module call that is running; `entered` says what its tensors were when it began, by their ids."""
 
     path: str
     index: int
     scope: str
     outer: Frame | None = None
-    versions: dict[int, int] = field(default_factory=dict)
+    entered: dict[int, Any] = field(default_factory=dict)
     reads: list[Any] = field(default_factory=list)
     past: list[Any] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import _lru_cache_wrapper
 from types import FunctionType, ModuleType
@@ -18,6 +18,31 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 _SHARED = (type, nn.Module, FunctionType, ModuleType)
 
 
+# whose real kernels take tensors of one dtype only, and whose fake ones take any
+_ONE_DTYPE = {"linear", "matmul", "mm", "mv", "addmm", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+
+
+class OtherDtype(RuntimeError):
+    """An operation was given a tensor of another dtype than a parameter that it reads."""
+
+    def __init__(self, operation: str, given: torch.dtype, name: str, wanted: torch.dtype) -> None:
+        super().__init__(f"{operation} is given {given}, and reads {name!r}, which is {wanted}")
+        self.given, self.wanted = given, wanted
+
+
+def refuse_other_dtype(operation: str, given: list[Tensor], parameters: Mapping[int, str]) -> None:
+    """Refuses what a fake kernel takes and a real one does not.
+
+    Raises:
+        OtherDtype: and names the parameter.
+    """
+    if operation not in _ONE_DTYPE or torch._C._is_any_autocast_enabled():
+        return
+    for own in (t for t in given if id(t) in parameters):
+        for other in (t for t in given if t.dtype != own.dtype):
+            raise OtherDtype(operation, other.dtype, parameters[id(own)], own.dtype)
+
+
 class Faker:
     """Fake twins of tensors, one for each tensor."""
 
@@ -26,6 +51,7 @@ class Faker:
         self.dtype = dtype
         self.made_of: list[Tensor] = []
         self.twins: dict[int, Any] = {}
+        self.further: list[Any] = []
 
     def __call__(self, tensor: Tensor) -> Any:
         if id(tensor) not in self.twins:
@@ -33,6 +59,13 @@ class Faker:
             self.made_of.append(tensor)
             self.twins[id(tensor)] = self.made(tensor)
         return self.twins[id(tensor)]
+
+    def given(self, tensor: Tensor) -> Any:
+        """A twin for one place among the arguments: another one for each, unless the tensor is the model's own."""
+        if id(tensor) in self.twins:
+            return self.twins[id(tensor)]
+        self.further.append(self.made(tensor))
+        return self.further[-1]
 
     def made(self, tensor: Tensor) -> Any:
         """A tensor of the same shape without values."""

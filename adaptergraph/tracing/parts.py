@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 # what holds no tensor, and what a structure mostly holds
 PLAIN = {type(None), bool, int, float, str, type, torch.Size, torch.dtype, torch.device}
+_WRITTEN_IN_PYTHON = 1 << 9
 
 
 def tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
@@ -66,7 +68,7 @@ def _inside(value: Any) -> Iterable[Any] | None:
 
 
 def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] = ()) -> Any:
-    """The same structure, tensors replaced where `fn` gives another one.
+    """The same structure, tensors replaced where `fn` gives another one; what cannot hold another stays as it is.
 
     Args:
         given: the ids of dicts and lists that are written into; of any other a copy is, as who made it may keep it.
@@ -75,9 +77,7 @@ def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] 
         return fn(value)
     if isinstance(value, tuple):
         items = [replaced(v, fn, given) for v in value]
-        if all(a is b for a, b in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else tuple_like(value, items)
     if type(value) in (list, dict):
         keys = list(value) if type(value) is dict else range(len(value))
         other = {k: new for k in keys if (new := replaced(value[k], fn, given)) is not value[k]}
@@ -88,16 +88,45 @@ def replaced(value: Any, fn: Callable[[Tensor], Tensor], given: Collection[int] 
         return value
     if isinstance(value, list):
         value[:] = [replaced(v, fn, given) for v in value]
-    elif isinstance(value, Mapping):
+    elif isinstance(value, MutableMapping):
         for key in list(value):
             new = replaced(value[key], fn, given)
             if new is not value[key]:
-                value[key] = new  # type: ignore[index]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value[key] = new
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, Mapping):
         fields = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-        changes = {n: new for n, old in fields.items() if (new := replaced(old, fn, given)) is not old}
-        if changes and value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            return dataclasses.replace(value, **changes)
-        for name, new in changes.items():
-            setattr(value, name, new)
+        for name, old in fields.items():
+            if (new := replaced(old, fn, given)) is not old:
+                value = with_field(value, name, new)
+    return value
+
+
+def is_fixed(value: Any, path: tuple[Any, ...]) -> bool:
+    """Whether a tensor lies in something that cannot hold another one: a mapping that is only read."""
+    for key in path:
+        if isinstance(value, slice) or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
+            return True
+        value = getattr(value, key[1:]) if isinstance(key, str) and key.startswith(".") else value[key]
+    return False
+
+
+def tuple_like(value: Any, items: list[Any]) -> Any:
+    """A tuple of the same class with other items, whatever that class is made from."""
+    cls = type(value)
+    if not cls.__flags__ & _WRITTEN_IN_PYTHON:
+        # also those of torch, such as `torch.return_types.max`
+        return cls(items)
+    other = tuple.__new__(cls, items)
+    for name, kept in getattr(value, "__dict__", {}).items():
+        setattr(other, name, kept)
+    return other
+
+
+def with_field(value: Any, name: str, new: Any) -> Any:
+    """A dataclass with another value in one field: of a frozen one a copy, which is not initialised again."""
+    if value.__dataclass_params__.frozen:
+        value = copy.copy(value)
+        object.__setattr__(value, name, new)
+    else:
+        setattr(value, name, new)
     return value

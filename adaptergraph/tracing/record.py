@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..axes import Axes, op_name
 from .calls import Frame, Made, Record
+from .fakes import refuse_other_dtype
 from .identity import Events
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .outside import Outside
-from .parts import PLAIN, containers, replaced, tensors
+from .parts import PLAIN, containers, is_fixed, replaced, tensors
 from .walks import Walks
 from .ways import NOTHING, Passed, Ways
 
@@ -41,6 +42,10 @@ class Recorder:
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.written: set[int] = set()
+        # values whose memory holds others now
+        self.overwritten: dict[tuple[Record, Any], None] = {}
+        # operations that gave another tensor over memory which somebody then wrote into, and a call that reads it
+        self.tied: list[tuple[Record, str]] = []
         self.alive: list[Tensor] = []
         self.owned: set[int] = set()
         self.ways = Ways()
@@ -170,12 +175,11 @@ class Recorder:
         self.calls[path].append(None)
         self.frames[-1].calls_children = True
         caller = self.frames[-1]
-        given = [t for _, t in tensors((args, kwargs))]
-        reads = [(origin, self.past(t, caller)) for t in given if (origin := self.origin(t, caller)) is not None]
+        given = [(t, origin) for _, t in tensors((args, kwargs)) if (origin := self.origin(t, caller)) is not None]
         frame = Frame(path, index, f"{path}@{index}" if index else path, caller)
-        frame.versions = {id(t): version(t) for t in given}
-        frame.reads = [origin for origin, _ in reads]
-        frame.past = [(origin, past) for origin, past in reads if past]
+        frame.entered = {id(t): origin for t, origin in given}
+        frame.reads = [origin for _, origin in given]
+        frame.past = [(origin, past) for t, origin in given if (past := self.past(t, caller))]
         self.frames.append(frame)
 
     def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -263,6 +267,7 @@ class Recorder:
                 found = (t for _, t in tensors(container) if self.handed_on(t, frame))
                 self.shown += [(frame.scope, self.values[id(t)], caller.scope) for t in found]
         inputs = self.float_inputs(module, args, kwargs, frame)
+        outs = [(p, t) for p, t in outs if not is_fixed(output, p)]
         first = next((p for p, t in outs if t.dtype.is_floating_point), None)
         parts = [(p, self.values[id(t)]) for p, t in outs]
         self.calls[frame.path][frame.index] = Made(caller.scope, first, parts, inputs)
@@ -373,18 +378,15 @@ class Recorder:
         return [*frame.reads, *((r, r.main) for r in frame.records if r.outs)]
 
     def float_inputs(self, module: nn.Module, args: Any, kwargs: Any, frame: Frame) -> list[tuple[str, Any]]:
-        """The float tensors among the arguments by name, without those that the forward overwrote."""
+        """The float tensors among the arguments by name, as they were when the call began."""
         try:
             named = by_name(self.signatures[id(module)], args, kwargs)
         except TypeError:
             return []
         return [
-            (name, self.values[id(v)])
+            (name, frame.entered[id(v)])
             for name, v in named.items()
-            if isinstance(v, Tensor)
-            and v.dtype.is_floating_point
-            and id(v) in self.values
-            and version(v) == frame.versions.get(id(v))
+            if isinstance(v, Tensor) and v.dtype.is_floating_point and id(v) in frame.entered
         ]
 
     def operation(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -405,20 +407,18 @@ class Recorder:
         outs = list(tensors(result))
         if self.events is not None:
             self.events.number(t for _, t in outs)
-        mutated = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
-        if len(mutated) > 1:
-            mutated = _written(func, args, kwargs, mutated, outs)
-        elif _replaces(func):
-            mutated = [args[0]]
+        mutated = _written(
+            func, args, kwargs, [t for t, v in zip(given, versions, strict=True) if version(t) != v], outs
+        )
         if not outs and not mutated:
-            known = [self.held(t) for t in given if self.real and id(t) in self.values]
-            self.kept += known
-            self.outside.note(op_name(func), [value for value, _ in known], result)
+            self.looked_at(op_name(func), given, result)
             return result
         if self.walks.under_way:
             list(map(self.walks.used, given))
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
+        if not self.real and self.dtype is None:
+            refuse_other_dtype(record.op, given, self.parameters)
         for tensor in given:
             if self.origin(tensor, frame) is not None:
                 self.reads(record, tensor, frame)
@@ -437,11 +437,12 @@ class Recorder:
         if getattr(func, "__module__", None) != __name__:
             results = [((record, path), tensor) for path, tensor in outs]
             self.axes.follow(record.op, args, kwargs, results, lambda t: self.values.get(id(t)))
+        self.overwritten.update((self.values[id(t)], None) for t in mutated if id(t) in self.values)
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
             record.outs[path] = (tuple(tensor.shape), tensor.dtype)
-            if storage(tensor) in memory:
-                self.ways.derive(tensor, memory[storage(tensor)])
+            if (origin := memory.get(storage(tensor))) is not None and tensor is not origin:
+                self.ways.derive(tensor, origin, view=record.number)
             if id(tensor) in self.values and any(tensor is t for t in mutated):
                 self.values[id(tensor)] = (record, path)
             else:
@@ -451,6 +452,12 @@ class Recorder:
             self.changed(tensor, record, next((p for p, t in outs if t is tensor), further))
         frame.records.append(record)
         return result
+
+    def looked_at(self, name: str, given: list[Tensor], result: Any) -> None:
+        """An operation gave no tensor: on real values somebody may do something with what it gave."""
+        known = [self.held(t) for t in given if self.real and id(t) in self.values]
+        self.kept += known
+        self.outside.note(name, [value for value, _ in known], result)
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
@@ -469,6 +476,8 @@ class Recorder:
             old, where = self.values.get(id(alias)), place(alias)
             if old is not None and old[0] is record:
                 continue
+            if old is not None:
+                self.overwritten[old] = None
             if where is None or where not in keys:
                 # another view: what was not written comes from the value that it had
                 keys[where] = ("view", number)
@@ -483,6 +492,7 @@ class Recorder:
         self.root = self.frames[0].records
         self.results = [(p, self.values[id(t)]) for p, t in tensors(returned) if id(t) in self.values]
         known = [(weakref.ref(t), self.held(t)) for t in self.alive if id(t) in self.values]
+        self.tied = [(r, self.ways.tied[r.number]) for r in self.root if r.number in self.ways.tied]
         self.forget()
         self.kept += [held for ref, held in known if ref() is not None]
 
@@ -526,6 +536,8 @@ class Operations(TorchFunctionMode):
 
 def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
     """Those that a function wrote into: tensors over one storage count their changes together."""
+    if len(changed) < 2:
+        return [args[0]] if _replaces(func) else changed
     target = [args[0]] if func is Tensor.__setitem__ else []
     target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
     return [t for t in changed if any(t is g for g in target)] or changed

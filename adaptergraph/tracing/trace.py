@@ -33,7 +33,7 @@ from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
 from .calls import Made, Record
-from .fakes import Faker, clear_caches, copy_over
+from .fakes import Faker, OtherDtype, clear_caches, copy_over
 from .identity import Events, asking, refuse_other_way
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder, bound
@@ -97,7 +97,8 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
         recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
             return recorder
-    raise _failed(model, args, kwargs, *errors[-1]) from errors[-1][0]
+    error, path = next((e for e in errors if isinstance(e[0], OtherDtype)), errors[-1])
+    raise _failed(model, args, kwargs, error, path) from error
 
 
 def _refuse(model: Any) -> None:
@@ -178,6 +179,10 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         hint = (
             f"the parameters are on {', '.join(homes)}: move argument {away[0]} there with .to({next(iter(homes))!r})"
         )
+    elif isinstance(error, OtherDtype):
+        wrong = [k for k, v in given if isinstance(v, Tensor) and v.dtype == error.given]
+        if wrong:
+            hint = f"the parameters are {error.wanted}: give argument {wrong[0]} as that, with .to({error.wanted})"
     elif any(isinstance(v, Mapping) for v in args):
         hint = "arguments by name need two stars: ag.trace(model, **batch)"
     elif not any(True for _ in tensors((args, kwargs))):
@@ -203,7 +208,8 @@ def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
 
 def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
     """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
-    if "bf16" not in str(errors[-1][0]).lower() and "bfloat16" not in str(errors[-1][0]).lower():
+    text = str(errors[-1][0]).lower()
+    if ("bf16" not in text and "bfloat16" not in text) or isinstance(errors[-1][0], OtherDtype):
         return None
     recorder = make(model, torch.bfloat16)
     return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
@@ -256,15 +262,14 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         if mode is not None:
             faked = Faker(mode, recorder.dtype)
             faked.swap(recorder.modules.values())
-            args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
+            args, kwargs = _mapped(args, faked.given), _mapped(kwargs, faked.given)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
-            for twin in faked.twins.values():
+            for twin in (*faked.twins.values(), *faked.further):
                 recorder.hold(twin)
             stack.enter_context(mode)
         else:
             recorder.real = True
-            clone = functools.cache(torch.clone)
-            args, kwargs = _mapped(args, clone), _mapped(kwargs, clone)
+            args, kwargs = _mapped(args, torch.clone), _mapped(kwargs, torch.clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
             for tensor in _held(model):
                 recorder.hold(tensor)
@@ -395,9 +400,10 @@ class _Finish:
             tied=tied,
             readers=self.readers,
             scopes=self.scopes,
-            asides=tuple(self.asides()),
+            asides=tuple(dict.fromkeys(self.asides())),
             kept=tuple(self.kept(outputs)),
             walked=self.recorder.walks.found,
+            overwritten=tuple(self.overwritten()),
             example=self.example,
             given=self.given,
             host=self.model,
@@ -485,6 +491,8 @@ class _Finish:
                 if self.is_read(*value) and self.may_stand(scope, at, always, value):
                     whole = not always and times == reads[reader, value]
                     yield Aside(scope, at, None if always else self.edge(*value), reader, whole)
+        for operation, reader in self.recorder.tied:
+            yield Aside(operation.name, "exit", None, reader)
 
     def kept(self, outputs: Any) -> list[tuple[str, str]]:
         """What somebody may read when the forward has returned, beside what it returns, and the call whose it is."""
@@ -495,6 +503,11 @@ class _Finish:
         out = set(leaves(outputs))
         names = [name for name, node in self.nodes.items() if name in found and node.op != "input" and name not in out]
         return [(name, scope) for name in names for scope in found[name]]
+
+    def overwritten(self) -> list[str]:
+        """The values that are no longer in their memory when the forward has returned."""
+        found = {self.edge(*v) for v in self.recorder.overwritten if self.is_read(*v)}
+        return [name for name in self.nodes if name in found]
 
     def may_stand(self, scope: str, at: str, always: bool, value: tuple[Record, Any]) -> bool:
         """Whether a body at this entry or exit replaces this value, or changes what is read all the same."""

@@ -38,6 +38,11 @@ class Ways:
         self.owners: dict[int, tuple[Running, frozenset[Passed]]] = {}
         # the entries and exits that memory has passed, the last one first
         self.lines: dict[int, Line] = {}
+        # the same for the operations that gave another tensor over it; writes that are not read yet, by tensor; and
+        # the operations that memory was written past and then read, with a call that did
+        self.views: dict[int, Line] = {}
+        self.writes: dict[int, list[tuple[Line, Line]]] = {}
+        self.tied: dict[int, str] = {}
 
     def give(self, tensor: Tensor, call: Running, past: frozenset[Passed] = NOTHING) -> None:
         """From now on the tensor belongs to this call."""
@@ -51,6 +56,9 @@ class Ways:
         """
         if id(tensor) not in self.owners or not tensor.is_floating_point():
             return NOTHING
+        for one, other in self.writes.pop(id(tensor), ()):
+            for view in _apart(one, other):
+                self.tied.setdefault(view, reader.scope)
         owner, past = self.owners[id(tensor)]
         if owner is reader:
             return past
@@ -59,20 +67,30 @@ class Ways:
         kept = {(c.scope, "entry", True) for c in up if made < c.number}
         return past | kept | {(c.scope, "exit", False) for c in up} | {(c.scope, "entry", False) for c in down}
 
-    def derive(self, tensor: Tensor, origin: Tensor, at: tuple[str, str] | None = None) -> None:
-        """A tensor shares its memory with another one, also past this entry or exit, unless there is a body."""
-        line = self.lines.get(id(origin))
+    def derive(
+        self, tensor: Tensor, origin: Tensor, at: tuple[str, str] | None = None, view: int | None = None
+    ) -> None:
+        """A tensor shares memory with another one, also past this entry, exit or operation, unless there is a body."""
+        line, views = self.lines.get(id(origin)), self.views.get(id(origin))
         self.lines[id(tensor)] = line if at is None else (at, line)
+        self.views[id(tensor)] = views if view is None else (view, views)
 
     def written(self, alias: Tensor, tensor: Tensor, writer: Running) -> None:
         """A call wrote into a tensor, and so into this one over the same memory."""
         past = {p for p in self.owners[id(alias)][1] if p[2]} if id(alias) in self.owners else set()
         one, other = self.lines.get(id(alias)), self.lines.get(id(tensor))
         if one is not other:
-            ends = _ends(one), _ends(other)
-            apart = [line for mine, theirs in (ends, ends[::-1]) for key, line in mine.items() if key not in theirs]
-            past |= {(scope, at, True) for (scope, at), _ in apart}
+            past |= {(scope, at, True) for scope, at in _apart(one, other)}
         self.owners[id(alias)] = (writer, frozenset(past))
+        one, other = self.views.get(id(alias)), self.views.get(id(tensor))
+        if one is not other:
+            self.writes.setdefault(id(alias), []).append((one, other))
+
+
+def _apart(one: Line, other: Line) -> list[Any]:
+    """What only one of two lines has passed."""
+    ends = _ends(one), _ends(other)
+    return [line[0] for mine, theirs in (ends, ends[::-1]) for key, line in mine.items() if key not in theirs]
 
 
 def _ends(line: Line) -> dict[int, Any]:
