@@ -92,14 +92,13 @@ class Made:
 class Recorder:
     """The events of one run, and which event each tensor came from."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.paths = {id(m): n for n, m in self.modules.items()}
         self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
         self.parameters: dict[int, str] = {}
-        self.dtype = dtype
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.written: set[int] = set()

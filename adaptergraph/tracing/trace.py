@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.nn.parameter import is_lazy
 
@@ -30,7 +29,7 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
-from .fakes import Faker, clear_caches, copy_over
+from .fakes import Faker, Fakes, clear_caches, copy_over
 from .parts import PLAIN, tensors
 from .record import Made, Operations, Record, Recorder, bound
 
@@ -64,7 +63,7 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
         GraphError: the forward fails with these arguments.
     """
     errors: list[_Error] = []
-    for attempt in (_fake, _bfloat16, _real):
+    for attempt in (_fake, _real):
         recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
             return recorder
@@ -169,15 +168,7 @@ def _describe(value: Any) -> str:
 
 
 def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
-    return _attempt(model, args, kwargs, errors, make(model, None), FakeTensorMode(allow_non_fake_inputs=True))
-
-
-def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
-    """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
-    if "bf16" not in str(errors[-1][0]).lower() and "bfloat16" not in str(errors[-1][0]).lower():
-        return None
-    recorder = make(model, torch.bfloat16)
-    return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
+    return _attempt(model, args, kwargs, errors, make(model), Fakes())
 
 
 def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
@@ -185,7 +176,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
     if any(t.is_meta or isinstance(t, FakeTensor) for t in (*_held(model), *(t for _, t in tensors((args, kwargs))))):
         return None
     kept = [(t, t.clone()) for t in _held(model) if not isinstance(t, nn.Parameter)]
-    recorder = _attempt(model, args, kwargs, errors, make(model, None), None)
+    recorder = _attempt(model, args, kwargs, errors, make(model), None)
     with torch.no_grad():
         for tensor, values in kept:
             if tensor.shape != values.shape:
@@ -196,7 +187,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
 
 
 def _attempt(
-    model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], recorder: Recorder, mode: FakeTensorMode | None
+    model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], recorder: Recorder, mode: Fakes | None
 ) -> Recorder | None:
     """One run; if it fails, what it raised is added to the errors."""
     failed = False
@@ -215,7 +206,7 @@ def _attempt(
     return None if failed else recorder
 
 
-def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> None:
+def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fakes | None) -> None:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.inference_mode(False))
@@ -224,7 +215,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
         if mode is not None:
-            faked = Faker(mode, recorder.dtype)
+            faked = Faker(mode)
             faked.swap(recorder.modules.values())
             args, kwargs = _mapped(args, faked), _mapped(kwargs, faked)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
@@ -386,13 +377,9 @@ class _Finish:
         inputs = tuple(dict.fromkeys(r for r in reads if r != record.name))
         name = record.name or type(self.model).__name__
         record.name = name
-        self.nodes[name] = Node(record.op, inputs, name, shape, self.dtype(dtype), params=params)
+        self.nodes[name] = Node(record.op, inputs, name, shape, dtype, params=params)
         if record.kind != "input":
             self.scopes[name] = record.scope
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a value in the model itself, where the run was made in another one."""
-        return next(self.model.parameters()).dtype if dtype == self.recorder.dtype else dtype
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
@@ -412,7 +399,7 @@ class _Finish:
             # two operations of one name, inside one node
             label += "_"
         shape, dtype = record.outs[key]
-        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype))
+        self.nodes[label] = Node("output", (final.name,), label, shape, dtype)
         self.scopes[label] = final.scope
         return label
 
