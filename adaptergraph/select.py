@@ -286,8 +286,9 @@ def hits(graph: Graph, entry: Any) -> list[str]:
     known: Sequence[str] = graph.selectable
     if graph.imported is not None:
         # an operation, a call or an output is meant only where the pattern says so
-        known = [n for n in known if all(mark in entry for mark in "/@:" if mark in n)]
-    return match(entry, known if any(map(pattern(entry).fullmatch, known)) else graph.selectable)
+        for mark in (m for m in "/@:" if m not in entry):
+            known = [n for n in known if mark not in n]
+    return match(entry, known, near=graph.selectable)
 
 
 def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
@@ -304,8 +305,11 @@ def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
         ) from error
 
 
-def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
+def match(text: str, names: Sequence[str], what: str = "node", near: Sequence[str] = ()) -> list[str]:
     """The names that a selector matches.
+
+    Args:
+        near: the names that may be meant where none matches; the same if it is empty.
 
     Raises:
         UnknownNode: it matches nothing, or one of its alternatives does; the nearest names are in the message.
@@ -316,7 +320,7 @@ def match(text: str, names: Sequence[str], what: str = "node") -> list[str]:
         return [text]
     found = [m for m in map(pattern(text).fullmatch, names) if m]
     if not found:
-        raise no_match(text, names, what)
+        raise no_match(text, near or names, what)
     _refuse_idle(text, found, names, what)
     return [m[0] for m in found]
 
