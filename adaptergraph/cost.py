@@ -23,9 +23,9 @@ from .hosting.sites import attach
 from .layers.table import OPS, runnable
 from .lower import lower
 from .node import Node, Param, format_shape
-from .saving.exchange import dtype_from
 from .shapes import Value, quiet
 from .state import shared_copy
+from .tracing.arguments import from_example
 from .tracing.fakes import Faker, Fakes, clear_caches
 
 _ADAMW = 2 * 4  # two float32 moments for each trained parameter
@@ -247,16 +247,14 @@ def imported(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Cost, ...], 
         for path, module in model.named_modules():
             module.register_forward_pre_hook(lambda m, a, name=names[path]: meter.enter(name))
             module.register_forward_hook(lambda m, a, out: meter.leave())
-        given = {
-            name: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v["value"]
-            for name, v in origin.example.items()
-        }
+        args, kwargs = from_example(model, origin.example)
         stack.enter_context(meter.on())
         try:
-            model(**given)
+            model(*args, **kwargs)
         except Exception as error:
             raise _failed(meter.running[-1] or origin.cls, error) from error
-        given.clear()
+        args.clear()
+        kwargs.clear()
     own: dict[str, dict[str, Param]] = {}
     for name, param in graph.params.items():
         own.setdefault(names[name.rpartition(".")[0]], {})[name] = param

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..imported import Imported
+from ..tracing.arguments import from_example
 from ..tracing.record import Recorder
 from ..tracing.trace import recorded
 from .program import Other
@@ -47,15 +48,9 @@ def arguments_of(model: nn.Module, imported: Imported, paths: Iterable[str]) -> 
     if imported.given is not None:
         args, kwargs = imported.given
     else:
-        args, kwargs = (), {n: _given(v, device) for n, v in (imported.example or {}).items()}
+        args, kwargs = from_example(model, imported.example or {}, device)
     recorded(model, args, kwargs, Watcher)
     return {path: (_made(args, model, path), _made(kwargs, model, path)) for path, (args, kwargs) in seen.items()}
-
-
-def _given(value: Mapping[str, Any], device: torch.device | None) -> Any:
-    if "shape" not in value:
-        return value["value"]
-    return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
 
 
 def _described(value: Any) -> Any:

@@ -475,7 +475,8 @@ def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node])
     return parts[index]
 
 
-def _argument(item: ParamText | ValueText) -> dict[str, Any]:
+def argument(item: ParamText | ValueText) -> dict[str, Any]:
+    """An argument of the traced call."""
     if isinstance(item, ParamText):
         dtype_from(item.dtype)
     return item.model_dump()
@@ -495,5 +496,5 @@ def _imported_from_json(data: ImportedText) -> Imported:
         scopes=data.scopes,
         asides=tuple(Aside(*a) for a in data.asides),
         kept=tuple(data.kept),
-        example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
+        example=None if data.example is None else {n: argument(v) for n, v in data.example.items()},
     )

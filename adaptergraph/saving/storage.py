@@ -23,8 +23,20 @@ from ..hosting.sites import graph_of
 from ..names import body_name
 from ..splicing.hosts import hosts_of
 from ..state import load_values
+from ..tracing.arguments import from_example
 from ..tracing.trace import trace
-from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
+from .exchange import (
+    ParamText,
+    SpliceText,
+    Strict,
+    ValueText,
+    argument,
+    dtype_from,
+    method_from_json,
+    parsed,
+    selector_from_json,
+    splice_to_json,
+)
 from .files import read_file, write_files
 
 TENSORS = "adapter.safetensors"
@@ -47,7 +59,7 @@ class HostText(Strict):
     parameters: dict[str, list[int]]
     structure: str | None = None
     values: dict[str, SampleText] | None = None
-    example: dict[str, dict[str, Any]] | None = None
+    example: dict[str, ParamText | ValueText] | None = None
 
 
 class AdapterText(Strict):
@@ -387,11 +399,8 @@ def _traced(model: nn.Module, data: AdapterText) -> Graph:
             hint="trace it yourself: ag.load(ag.trace(model, …), folder)",
         )
     check_host({n: list(p.shape) for n, p in model.named_parameters()}, data, type(model).__name__)
-    example = {
-        k: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v.get("value")
-        for k, v in data.host.example.items()
-    }
-    return trace(model, **example)
+    args, kwargs = from_example(model, {name: argument(value) for name, value in data.host.example.items()})
+    return trace(model, *args, **kwargs)
 
 
 def _fitting(graph: Graph, data: AdapterText) -> Graph:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from .arguments import bound, by_name
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .parts import PLAIN, replaced, tensors
 from .ways import NOTHING, Passed, Ways
@@ -521,22 +522,3 @@ def op_name(func: Any) -> str:
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "get")
     return _NO_WORD.sub("_", name.strip("_") if name.startswith("__") else name) or "op"
-
-
-def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
-    return by_name(inspect.signature(module.forward), args, kwargs)
-
-
-def by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by the names of a signature."""
-    named: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{name}_{i}": v for i, v in enumerate(value)})
-        else:
-            named[name] = value
-    return named

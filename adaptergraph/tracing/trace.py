@@ -29,9 +29,10 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
+from .arguments import example_of
 from .fakes import Faker, Fakes, clear_caches, copy_over
 from .parts import PLAIN, tensors
-from .record import Made, Operations, Record, Recorder, bound
+from .record import Made, Operations, Record, Recorder
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -310,7 +311,7 @@ class _Finish:
     def __init__(self, model: nn.Module, recorder: Recorder, args: Any, kwargs: Any) -> None:
         self.model = model
         self.recorder = recorder
-        self.example = _example(model, args, kwargs)
+        self.example = example_of(model, args, kwargs)
         copied = functools.cache(lambda tensor: tensor.detach().clone())
         self.given = _mapped(args, copied), _mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
@@ -461,19 +462,3 @@ class _Finish:
                 hint="return a tensor, or a tuple, list, dict or dataclass with one",
             )
         return next(iter(found.values())) if list(found) == [""] else found
-
-
-def _example(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """The arguments as shapes and plain values, for tracing again; None where that is not enough."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if value is None or isinstance(value, bool | int | float | str):
-            return {"value": value}
-        raise TypeError
-
-    try:
-        return {name: plain(value) for name, value in bound(model, args, kwargs).items()}
-    except TypeError:
-        return None
