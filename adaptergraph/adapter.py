@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -171,6 +172,14 @@ def bottleneck(
 
     axis_after = axis if like is None else axis_of(like)
     given = hidden if like is None or not like.shape else like.shape[axis_after]
+    if 0 in (hidden, given):
+        empty = x if hidden == 0 or like is None else like
+        raise ShapeMismatch(
+            f"{empty.name!r} has no features: its shape is {format_shape(empty.shape)}",
+            node=empty.name,
+            source=here(),
+            hint="a body needs values to work on: splice elsewhere, or leave it out of the pattern",
+        )
     h = features_last(x, axis, called("features_last"))
     h = layers.layer_norm(h, name=called("norm")) if layer_norm == "before" else h
     h = layers.dense(h, size, weight_init=down_init, bias_init=bias_init, name=called("down"))
@@ -238,9 +247,9 @@ def _hidden(x: Node, axis: int, hidden_size: int | None, prefix: str) -> int:
 
 def check_choices(*, scale: Any, init: Any, residual: Any, layer_norm: Any) -> None:
     """The options that are one of a few words."""
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
     if not number and scale != "learned":
-        raise GraphError(f"scale is a number or 'learned', not {scale!r}", source=here())
+        raise GraphError(f"scale is a finite number or 'learned', not {scale!r}", source=here())
     if not isinstance(init, str) or init not in INITS:
         hint = suggestion(init, INITS) if isinstance(init, str) else None
         raise GraphError(f"unknown init {init!r}", source=here(), hint=hint)

@@ -13,6 +13,7 @@ from .errors import GraphError, here
 from .graph import Graph
 from .hosting.attachment import keep_values, taken_off_on_error
 from .hosting.sites import attach, check_host
+from .layers.making import check_flag
 from .lower import lower
 from .state import load_values, shared_copy, values_from
 from .tasks import give_tasks, has_switch, only_task, refuse_tasks
@@ -31,6 +32,7 @@ def compile_graph(
     task: str | None = None,
 ) -> nn.Module:
     """See `Graph.compile`."""
+    _check_options(graph, host, inplace, seed, state, device, dtype)
     if task is not None:
         graph = only_task(graph, task)
     what = "state"
@@ -52,6 +54,34 @@ def compile_graph(
                 keep_values(model, state)
             load_values(model, state, what, _needed(graph))
     return model
+
+
+def _check_options(graph: Graph, host: Any, inplace: Any, seed: Any, state: Any, device: Any, dtype: Any) -> None:
+    """Refuses what no option of compile can be."""
+    check_flag(inplace, "inplace")
+    said, hint = "", ""
+    if host is not None and not isinstance(host, nn.Module):
+        kind = "a class" if isinstance(host, type) else f"a {type(host).__name__}"
+        said, hint = f"compile attaches bodies to a model, not to {kind}", "graph.compile(model), or graph.compile()"
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        said, hint = f"seed is a whole number, not {seed!r}", "graph.compile(seed=0)"
+    elif not isinstance(state, Mapping | str | os.PathLike | None):
+        said = f"state is a mapping of tensors or the path of a safetensors file, not a {type(state).__name__}"
+        hint = "graph.compile(state=model.state_dict())"
+    elif dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        said, hint = f"dtype is a dtype of torch for numbers with a fraction, not {dtype!r}", "dtype=torch.float32"
+    if said:
+        raise GraphError(said, source=here(), hint=hint)
+    try:
+        if device is not None:
+            torch.empty(0, device=torch.device(device))
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise GraphError(
+            f"device {device!r} is not there",
+            sides=[("torch says", str(error).splitlines()[0][:90])],
+            source=here(),
+            hint="as torch calls it: 'cpu', 'cuda', 'cuda:1', 'mps', 'meta'",
+        ) from None
 
 
 def _needed(graph: Graph) -> list[str]:

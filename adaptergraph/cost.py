@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -22,10 +23,10 @@ from .hosting.sites import attach
 from .layers.table import OPS, runnable
 from .lower import lower
 from .node import Node, Param, format_shape
-from .saving.exchange import dtype_from
 from .shapes import Value, quiet
 from .state import shared_copy
-from .tracing.fakes import Faker, clear_caches
+from .tracing.arguments import from_example
+from .tracing.fakes import Faker, Fakes, clear_caches
 
 _ADAMW = 2 * 4  # two float32 moments for each trained parameter
 
@@ -34,8 +35,15 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: An
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch counts every attention kernel but the one of the CPU
-_KERNELS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _grouped_flops(rows: Any, weights: Any, *rest: Any, **options: Any) -> int:
+    return 2 * math.prod(rows) * int(weights[-1])
+
+
+# what torch does not count: the attention kernel of the CPU, and matrix products of experts
+_KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +129,8 @@ class _Meter:
 @contextmanager
 def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
     """The model over tensors without values; afterwards no cache of a library holds one."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    Faker(mode, None).swap(model.modules())
+    mode = Fakes()
+    Faker(mode).swap(model.modules())
     tied = graph.imported.tied if graph.imported is not None else {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(graph.trained[tied.get(name, name)])
@@ -239,16 +247,14 @@ def imported(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Cost, ...], 
         for path, module in model.named_modules():
             module.register_forward_pre_hook(lambda m, a, name=names[path]: meter.enter(name))
             module.register_forward_hook(lambda m, a, out: meter.leave())
-        given = {
-            name: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v["value"]
-            for name, v in origin.example.items()
-        }
+        args, kwargs = from_example(model, origin.example)
         stack.enter_context(meter.on())
         try:
-            model(**given)
+            model(*args, **kwargs)
         except Exception as error:
             raise _failed(meter.running[-1] or origin.cls, error) from error
-        given.clear()
+        args.clear()
+        kwargs.clear()
     own: dict[str, dict[str, Param]] = {}
     for name, param in graph.params.items():
         own.setdefault(names[name.rpartition(".")[0]], {})[name] = param

@@ -16,7 +16,7 @@ from .bodies import Body, Splice
 from .errors import UnknownNode, here
 from .names import path_of
 from .node import EMPTY, Node, Param
-from .select import Selection, Selector, select, unknown
+from .select import Selection, Selector, one_name, select, unknown
 from .verbs import Verbs
 
 if TYPE_CHECKING:
@@ -110,9 +110,9 @@ class Graph(Verbs):
     # ------------------------------------------------------------------ reading
 
     def __getitem__(self, name: str) -> Node:
-        if name not in self._nodes:
+        if one_name(name) not in self._nodes:
             # a module or container means its output before any body, of several calls the first one's
-            values = self.calls_of(str(name))
+            values = self.calls_of(name)
             if not values:
                 raise UnknownNode(
                     f"{name!r} is never called: it has no output",

@@ -369,6 +369,17 @@ def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode
     )
 
 
+def one_name(name: object) -> str:
+    """What is asked of a graph in brackets. Raises: UnknownNode, it is no name."""
+    if not isinstance(name, str):
+        raise UnknownNode(
+            f"graph[…] takes the name of one node, not {name!r}",
+            source=here(),
+            hint="graph.select(…) takes patterns and lists of them; list(graph) gives every name",
+        )
+    return name
+
+
 def unknown(graph: Graph, name: str) -> UnknownNode:
     """The error for a name that is none: the nearest ones, or which outputs of that module the model reads."""
     from .collect import alive

@@ -238,8 +238,10 @@ def _check_rows(switch: Switch, rows: Rows, x: Tensor) -> None:
         raise GraphError(
             f"{rows.numbers.shape[0]} tasks were given for {x.shape[0]} rows at {path!r}",
             node=path,
+            sides=[("rows", "the first dimension", "of the value at the host: " + " × ".join(map(str, x.shape)))],
             hint="give one task, or one for each row of the batch; generate(num_beams=n) makes n rows of each: repeat "
-            "each task n times",
+            "each task n times\nwhere the sequence comes first, rows are its steps: give one task, or splice where the "
+            "batch comes first",
         )
 
 

@@ -16,7 +16,7 @@ from .errors import GraphError, here, suggestion
 from .graph import Graph
 from .hosting.attachment import attachment
 from .hosting.hosted import host, plan_of
-from .hosting.sites import graph_of
+from .hosting.sites import graph_of, refuse_no_model
 from .names import body_name
 from .switch import Block, Chosen, Rows, Switch, opener, whose_call
 
@@ -151,6 +151,7 @@ def set_task(model: nn.Module, task: str | None) -> nn.Module:
 
 
 def _switches(model: nn.Module) -> list[Switch]:
+    refuse_no_model(model)
     found = [m for m in model.modules() if isinstance(m, Switch)]
     if not found:
         raise _no_tasks(model)

@@ -425,3 +425,28 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(kind):
     print(kind, outcomes)
     assert outcomes["refused"] > 200
     assert outcomes["another"] > 0
+
+
+class TwoNames(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.b = self.a
+        self.head = self.a[1]
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_module_with_two_names_comes_back():
+    model = TwoNames()
+    model.a[0].weight = model.a[1].weight
+    graph = ag.trace(model, torch.ones(2, 8)).splice("a.1", ag.Bottleneck(2))
+    text = graph.to_json()
+    assert ag.Graph.from_json(text) == graph
+    data = json.loads(text)
+    data["imported"]["tied"]["c.scale"] = "a.0.weight"
+    with pytest.raises(ag.GraphError, match=r"params: 'c\.scale' belongs to no module"):
+        ag.Graph.from_json(json.dumps(data))

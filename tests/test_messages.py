@@ -148,6 +148,38 @@ class Best(nn.Module):
         return value + place[:, None]
 
 
+class Empty(nn.Module):
+    """One module gives a value without features."""
+
+    def __init__(self):
+        super().__init__()
+        self.none, self.fc = nn.Linear(8, 0), nn.Linear(8, 8)
+
+    def forward(self, t):
+        return torch.cat([self.none(t), self.fc(t)], -1)
+
+
+class Aside(nn.Module):
+    """Nothing comes of what one module gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.dead, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, t):
+        self.dead(t)
+        return self.last(t)
+
+
+UNLESS = "\nor first splice what reads it, or trace with the arguments that make the model read it (labels, say)"
+
+
+def tapped():
+    """A body reads what nothing else reads."""
+    graph = ag.trace(Aside(), torch.ones(2, 8))
+    return graph.splice("last", lambda s: s.output + ag.dense(s.graph["dead"], 8, name="t"), name="tap")
+
+
 def unread(at, **how):
     return ag.trace(Unread(), torch.ones(2, 3, 8)).splice(at, ag.Bottleneck(2), **how)
 
@@ -522,8 +554,8 @@ ADAPTERS = [
     ),
     (lambda: Adapter.build(8, residul=True), G, "Adapter.wrap has no option 'residul'", "did you mean 'residual'?"),
     (lambda: Adapter.wrap(x(), activation="rleu"), G, "unknown activation 'rleu'", "did you mean 'relu'?"),
-    (lambda: Adapter.wrap(x(), scale="learnt"), G, "scale is a number or 'learned', not 'learnt'", None),
-    (lambda: Adapter.wrap(x(), scale=True), G, "scale is a number or 'learned', not True", None),
+    (lambda: Adapter.wrap(x(), scale="learnt"), G, "scale is a finite number or 'learned', not 'learnt'", None),
+    (lambda: Adapter.wrap(x(), scale=True), G, "scale is a finite number or 'learned', not True", None),
     (lambda: Adapter.wrap(x(), init="zero"), G, "unknown init 'zero'", "did you mean 'zeros'?"),
     (lambda: Adapter.wrap(x(), init=0.1), G, "unknown init 0.1", None),
     (lambda: Adapter.wrap(x(), init=["bert"]), G, "unknown init ['bert']", None),
@@ -792,7 +824,44 @@ SPLICES = [
         lambda: ag.Graph(ag.embedding(ids(), 3, 8, name="e")).splice("e", lambda s: s.output + s.input, where="around"),
         B,
         "the host 'e' reads 0 float tensors, so its input is not one of them",
-        "splice after an earlier node",
+        "splice after an earlier node: what is in a list or dict, is whole numbers or is overwritten there "
+        "does not count",
+    ),
+    (
+        lambda: ag.trace(Empty(), torch.ones(2, 8)).splice("none", ag.Bottleneck(2)),
+        S,
+        "'none' has no features: its shape is 2 × 0",
+        "a body needs values to work on: splice elsewhere, or leave it out of the pattern",
+    ),
+    (
+        lambda: chain()[["a", "b"]],
+        U,
+        "graph[…] takes the name of one node, not ['a', 'b']",
+        "graph.select(…) takes patterns and lists of them; list(graph) gives every name",
+    ),
+    (
+        lambda: chain()[:2],
+        U,
+        "graph[…] takes the name of one node, not slice(None, 2, None)",
+        "graph.select(…) takes patterns and lists of them; list(graph) gives every name",
+    ),
+    (
+        lambda: chain().splice("a", ag.Bottleneck(2), where=[]),
+        B,
+        "a body can be 'after', 'around' or 'before' its host, not []",
+        None,
+    ),
+    (
+        lambda: chain().splice("a", ag.Bottleneck(2), where=torch.ones(2)),
+        B,
+        "a body can be 'after', 'around' or 'before' its host, not tensor([1., 1.])",
+        None,
+    ),
+    (
+        lambda: tapped().splice("dead", ag.Bottleneck(2), name="own").unsplice("last.tap"),
+        B,
+        "of the body 'dead.own' nothing comes without 'last.tap': it would change nothing",
+        "take it out too: graph.unsplice(['last.tap', 'dead.own'])",
     ),
     (
         lambda: chain().splice("a", lambda s: ag.dense(ag.dense(s.output, 8, name="d"), 8, name="d")),
@@ -933,31 +1002,31 @@ SPLICES = [
         lambda: unread("lstm"),
         B,
         "'lstm' gives a value that nothing reads: a body there would change nothing",
-        "splice at 'lstm:1:0', which 'pair.a' reads",
+        "splice at 'lstm:1:0', which 'pair.a' reads" + UNLESS,
     ),
     (
         lambda: unread("lstm:0"),
         B,
         "'lstm:0' gives a value that nothing reads: a body there would change nothing",
-        "splice at 'lstm:1:0', which 'pair.a' reads",
+        "splice at 'lstm:1:0', which 'pair.a' reads" + UNLESS,
     ),
     (
         lambda: unread("pair"),
         B,
         "'pair' gives a value that nothing reads: a body there would change nothing",
-        "splice at 'pair:b', which the model returns",
+        "splice at 'pair:b', which the model returns" + UNLESS,
     ),
     (
         lambda: unread("dead"),
         B,
         "'dead' gives a value that reaches no output: a body there would change nothing",
-        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern",
+        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern" + UNLESS,
     ),
     (
         lambda: unread("deader", where="before"),
         B,
         "'deader' is given a value that reaches no output: a body before it would change nothing",
-        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern",
+        "splice at 'pair.b', which runs before it and is read, or leave it out of the pattern" + UNLESS,
     ),
     (
         lambda: unread("lstm:1:1"),

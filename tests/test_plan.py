@@ -101,6 +101,30 @@ def test_a_declared_graph_keeps_what_a_real_run_keeps():
     assert graph.plan(batch=2, seq=5).activations == kept
 
 
+def test_experts_cost_what_a_real_run_keeps_and_what_their_products_are():
+    """The fake kernel of a grouped matrix product knows bfloat16 only; the real one runs in float32."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
+    )
+    model, ids = transformers.MixtralForCausalLM(config), torch.ones(2, 5, dtype=torch.long)
+    graph = ag.trace(model, input_ids=ids, use_cache=False).unfreeze("**.experts")
+    graph = graph.splice("**.o_proj", ag.Bottleneck(4))
+    plan = graph.plan()
+    assert plan.activations == kept_for_backward(graph.compile().train(), input_ids=ids, use_cache=False)
+    rows = {row.name: row.flops for row in plan.rows}
+    # each of 2 × 5 tokens goes to 2 experts: gate and up from 32 to 48, down from 48 to 32
+    assert rows["model.layers.0.mlp.experts"] == rows["model.layers.1.mlp.experts"] == 2 * 20 * 3 * 32 * 48
+
+
 def test_a_frozen_graph_keeps_nothing():
     plan = adapted().unsplice().plan(batch=8)
     assert (plan.trained, plan.activations, plan.optimizer, plan.gradients) == (0, 0, 0, 0)

@@ -502,6 +502,48 @@ def test_what_cannot_be_traced_again_says_so(tmp_path):
     ag.load(ag.trace(model, IDS, {"a": IDS}), tmp_path)
 
 
+class ByNumber(nn.Module):
+    """Its arguments have no keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, *xs):
+        return self.a(xs[0]) + self.b(xs[1])
+
+
+class ByPosition(ByNumber):
+    def forward(self, x, y=None, /, **more):
+        return super().forward(x, more["z"] if y is None else y)
+
+
+class ByAll(ByNumber):
+    def forward(self, x, *more):
+        return super().forward(x, *more)
+
+
+@pytest.mark.parametrize("cls", [ByNumber, ByPosition, ByAll])
+def test_arguments_without_a_keyword_are_given_again_by_position(cls, tmp_path):
+    torch.manual_seed(0)
+    model, x = cls().eval(), torch.randn(3, 8)
+    graph = ag.trace(model, x, x.clone()).splice("a", ag.Bottleneck(2))
+    assert graph.plan().flops == 2 * 3 * (2 * 8 * 8 + 2 * 8 * 2)
+    compiled = graph.compile()
+    for parameter in (p for n, p in compiled.named_parameters() if n in graph.body_params):
+        nn.init.normal_(parameter)
+    loaded = ag.load(model, ag.save(compiled, tmp_path))
+    assert ag.graph_of(loaded) == graph
+    assert torch.equal(loaded(x, 2 * x), compiled(x, 2 * x))
+
+
+def test_arguments_by_position_and_by_keyword_together(tmp_path):
+    torch.manual_seed(0)
+    model, x = ByPosition().eval(), torch.randn(3, 8)
+    graph = ag.trace(model, x, z=x.clone()).splice("a", ag.Bottleneck(2))
+    assert ag.graph_of(ag.load(model, ag.save(graph.compile(), tmp_path))) == graph
+
+
 def test_load_takes_models_and_graphs(saved):
     with pytest.raises(ag.GraphError, match="load takes a model or a graph, not str"):
         ag.load("model", saved[0])

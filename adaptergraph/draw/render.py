@@ -38,6 +38,11 @@ def write(view: View, path: str | Path) -> Path:
     Raises:
         GraphError: the suffix is no format, or the folder does not exist.
     """
+    if not isinstance(path, str | os.PathLike) or Path(path).is_dir():
+        what = f"the folder {str(path)!r}" if isinstance(path, str | os.PathLike) else repr(path)
+        raise GraphError(
+            f"a picture is drawn into a file, not into {what}", source=here(), hint="graph.draw('model.svg')"
+        )
     target = Path(path)
     form = target.suffix.lstrip(".").lower() or "svg"
     if form not in FORMATS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..imported import Imported
+from ..tracing.arguments import from_example
 from ..tracing.record import Recorder
 from ..tracing.trace import recorded
 from .program import Other
@@ -39,9 +40,7 @@ def arguments_of(model: nn.Module, imported: Imported, paths: Iterable[str]) -> 
         def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
             path = self.paths[id(module)]
             if path in wanted and path not in seen:
-                own = next(module.parameters(), None)
-                real = {self.dtype: own.dtype} if self.dtype is not None and own is not None else {}
-                seen[path] = _described(args, real), _described(kwargs, real)
+                seen[path] = _described(args), _described(kwargs)
             super().enter(module, args, kwargs)
 
     first = next(model.parameters(), None)
@@ -49,25 +48,19 @@ def arguments_of(model: nn.Module, imported: Imported, paths: Iterable[str]) -> 
     if imported.given is not None:
         args, kwargs = imported.given
     else:
-        args, kwargs = (), {n: _given(v, device) for n, v in (imported.example or {}).items()}
+        args, kwargs = from_example(model, imported.example or {}, device)
     recorded(model, args, kwargs, Watcher)
     return {path: (_made(args, model, path), _made(kwargs, model, path)) for path, (args, kwargs) in seen.items()}
 
 
-def _given(value: Mapping[str, Any], device: torch.device | None) -> Any:
-    if "shape" not in value:
-        return value["value"]
-    return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
-
-
-def _described(value: Any, real: Mapping[Any, torch.dtype]) -> Any:
-    """The same with tensors without values, of the dtype that they have in the model itself."""
+def _described(value: Any) -> Any:
+    """The same with tensors without values."""
     if isinstance(value, Tensor):
-        return Like(tuple(value.shape), real.get(value.dtype, value.dtype))
+        return Like(tuple(value.shape), value.dtype)
     if type(value) in (tuple, list):
-        return type(value)(_described(v, real) for v in value)
+        return type(value)(_described(v) for v in value)
     if type(value) is dict:
-        return {k: _described(v, real) for k, v in value.items()}
+        return {k: _described(v) for k, v in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str) else Other(type(value).__name__)
 
 

@@ -282,12 +282,7 @@ def graph_of(model: nn.Module) -> Graph:
     >>> ag.graph_of(ag.Adapter.build(8, 2).compile()) == ag.Adapter.build(8, 2)
     True
     """
-    if isinstance(model, Graph):
-        raise GraphError(
-            "this is a graph, not the model that is compiled from it", source=here(), hint="model = graph.compile()"
-        )
-    if not isinstance(model, nn.Module):
-        raise GraphError(f"{model!r} is no model", source=here(), hint="give what graph.compile() returned")
+    refuse_no_model(model)
     model = inside(model)
     if ATTACHED in model.__dict__:
         return model.__dict__[ATTACHED].graph
@@ -298,6 +293,16 @@ def graph_of(model: nn.Module) -> Graph:
         source=here(),
         hint="ag.trace(model, …) makes a graph of it, graph.splice(at, method).compile() a model with bodies",
     )
+
+
+def refuse_no_model(model: Any) -> None:
+    """Refuses a graph, or anything else that is not a model."""
+    if isinstance(model, Graph):
+        raise GraphError(
+            "this is a graph, not the model that is compiled from it", source=here(), hint="model = graph.compile()"
+        )
+    if not isinstance(model, nn.Module):
+        raise GraphError(f"{model!r} is no model", source=here(), hint="give what graph.compile() returned")
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -311,6 +316,7 @@ def detach(model: nn.Module) -> nn.Module:
         GraphError: nothing is attached; or hosts, or parameters that are given back, were replaced or changed since, as
             sharding, pruning and parametrizations do: all are listed, and the model is left as it is.
     """
+    refuse_no_model(model)
     model = inside(model)
     record = attachment(model)
     if record is None:

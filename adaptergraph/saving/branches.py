@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from ..hosting.sites import graph_of
 from ..names import body_name
 from ..state import load_values, put_back_on_error
 from .exchange import SpliceText, method_from_json
-from .storage import HostText, check_host, mismatch, read_files, without_splices
+from .storage import HostText, check_host, folder_of, mismatch, read_files, without_splices
 
 
 def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -> nn.Module:
@@ -48,7 +47,11 @@ def load_branch(model: nn.Module, folder: str | os.PathLike[str], branch: str) -
     True
     """
     graph = graph_of(model)
-    data, state = read_files(Path(folder))
+    data, state = read_files(folder_of(folder, model, "load_branch"))
+    if not isinstance(branch, str):
+        raise GraphError(
+            f"a branch is one name, not {branch!r}", source=here(), hint="the name in ag.Switch({name: …})"
+        )
     host = without_splices(graph)
     own = host.imported.params if host.imported is not None else host.params
     # what was trained along is not read, so it may be another one here

@@ -235,8 +235,12 @@ class _Tables:
     def check_parameters(self) -> None:
         """Each belongs to a module; further names have a first one; who reads them is a node."""
         origin = self.imported
-        for name in (*origin.params, *origin.tied):
-            if name.rpartition(".")[0] not in origin.modules:
+        firsts = {name: name for name in origin.params} | dict(origin.tied)
+        parts = {name: name.rpartition(".")[::2] for name in firsts}
+        known = {(first, parts[name][1]) for name, first in firsts.items() if parts[name][0] in origin.modules}
+        for name, first in firsts.items():
+            # a module that has a second name has its parameters there too
+            if parts[name][0] not in origin.modules and (name == first or (first, parts[name][1]) not in known):
                 raise wrong(f"params: {name!r} belongs to no module", name)
         for name, first in origin.tied.items():
             if first not in origin.params:

@@ -514,7 +514,8 @@ def _part(item: NodeText, options: Mapping[str, Any], table: Mapping[str, Node])
     return parts[index]
 
 
-def _argument(item: ParamText | ValueText) -> dict[str, Any]:
+def argument(item: ParamText | ValueText) -> dict[str, Any]:
+    """An argument of the traced call."""
     if isinstance(item, ParamText):
         dtype_from(item.dtype)
     return item.model_dump()
@@ -536,5 +537,5 @@ def _imported_from_json(data: ImportedText) -> Imported:
         kept=tuple(data.kept),
         walked=data.walked,
         overwritten=tuple(data.overwritten),
-        example=None if data.example is None else {n: _argument(v) for n, v in data.example.items()},
+        example=None if data.example is None else {n: argument(v) for n, v in data.example.items()},
     )

@@ -20,11 +20,24 @@ from ..errors import GraphError, StateMismatch, here, nearest, shortened
 from ..graph import Graph
 from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
+from ..layers.making import check_flag
 from ..names import body_name
 from ..splicing.hosts import hosts_of
 from ..state import load_values, put_back_on_error
+from ..tracing.arguments import from_example
 from ..tracing.trace import trace
-from .exchange import SpliceText, Strict, dtype_from, method_from_json, parsed, selector_from_json, splice_to_json
+from .exchange import (
+    ParamText,
+    SpliceText,
+    Strict,
+    ValueText,
+    argument,
+    dtype_from,
+    method_from_json,
+    parsed,
+    selector_from_json,
+    splice_to_json,
+)
 from .files import read_file, write_files
 
 TENSORS = "adapter.safetensors"
@@ -47,7 +60,7 @@ class HostText(Strict):
     parameters: dict[str, list[int]]
     structure: str | None = None
     values: dict[str, SampleText] | None = None
-    example: dict[str, dict[str, Any]] | None = None
+    example: dict[str, ParamText | ValueText] | None = None
 
 
 class AdapterText(Strict):
@@ -132,6 +145,12 @@ def apply(graph: Graph, recipe: str | Path | Mapping[str, Any]) -> Graph:
     >>> ag.apply(base, spliced.recipe()) == spliced
     True
     """
+    if not isinstance(graph, Graph) or not isinstance(recipe, str | Path | Mapping):
+        raise GraphError(
+            f"apply takes a graph and a recipe, not a {type(graph).__name__} and a {type(recipe).__name__}",
+            source=here(),
+            hint="ag.apply(ag.trace(model, …), recipe): a recipe is what graph.recipe() gives, a path or a dict",
+        )
     if isinstance(recipe, Mapping):
         text: str | bytes = json.dumps(recipe)
     elif isinstance(recipe, Path) or not recipe.lstrip().startswith("{"):
@@ -184,7 +203,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
             written; the path and the reason are named.
     """
-    target = _folder(folder, model, "save")
+    target = folder_of(folder, model, "save")
     _refuse_uncompiled(model, folder)
     graph = graph_of(model)
     state = adapter_state(model)
@@ -214,7 +233,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _folder(folder: Any, model: Any, verb: str) -> Path:
+def folder_of(folder: Any, model: Any, verb: str) -> Path:
     """The folder that a verb was given.
 
     Raises:
@@ -306,7 +325,8 @@ def load(host: nn.Module | Graph, folder: str | os.PathLike[str], *, inplace: bo
         StateMismatch: the files are damaged, or belong to another model; every mismatch is named.
         GraphError: the files are not there, or are no adapter.
     """
-    data, state = read_files(_folder(folder, host, "load"))
+    check_flag(inplace, "inplace")
+    data, state = read_files(folder_of(folder, host, "load"))
     if isinstance(host, Graph):
         graph, model = host, None
     elif isinstance(host, nn.Module):
@@ -388,11 +408,8 @@ def _traced(model: nn.Module, data: AdapterText) -> Graph:
             hint="trace it yourself: ag.load(ag.trace(model, …), folder)",
         )
     check_host({n: list(p.shape) for n, p in model.named_parameters()}, data, type(model).__name__)
-    example = {
-        k: torch.zeros(v["shape"], dtype=dtype_from(v["dtype"])) if "shape" in v else v.get("value")
-        for k, v in data.host.example.items()
-    }
-    return trace(model, **example)
+    args, kwargs = from_example(model, {name: argument(value) for name, value in data.host.example.items()})
+    return trace(model, *args, **kwargs)
 
 
 def _fitting(graph: Graph, data: AdapterText) -> Graph:

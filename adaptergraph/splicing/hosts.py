@@ -243,13 +243,17 @@ def refuse_unread(graph: Graph, kept: Iterable[str], bodies: list[str], source: 
     Raises:
         BadSplice: and names the host, and an output of it that is read, or a module before it.
     """
+    read, found = unread(graph, kept, bodies)
+    if found:
+        raise _unread(graph, found[0], read, source)
+
+
+def unread(graph: Graph, kept: Iterable[str], bodies: Iterable[str]) -> tuple[frozenset[str], list[Body]]:
+    """The nodes of an imported graph of which something comes, and those of these bodies of which nothing does."""
     if graph.imported is None:
-        return
+        return frozenset(), []
     read = alive(graph, kept)
-    for name in bodies:
-        body = graph.bodies[name]
-        if not any(written in read for _, written in body.calls):
-            raise _unread(graph, body, read, source)
+    return read, [graph.bodies[n] for n in bodies if read.isdisjoint(write for _, write in graph.bodies[n].calls)]
 
 
 def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | None) -> BadSplice:
@@ -266,6 +270,7 @@ def _unread(graph: Graph, body: Body, read: frozenset[str], source: Source | Non
     if others:
         other, reader = others[0]
         hint = f"splice at {other!r}, which " + (f"{reader!r} reads" if reader else "the model returns")
+    hint += "\nor first splice what reads it, or trace with the arguments that make the model read it (labels, say)"
     return BadSplice(
         f"{host!r} {given} a value that "
         + ("reaches no output" if graph.consumers[written] else "nothing reads")

@@ -69,7 +69,10 @@ def main_input(
         node=host,
         sides=[(name, node.name or "", format_shape(node.shape)) for name, node in inputs.items()],
         source=source,
-        hint="say which: site.inputs[name]" if inputs and where == "around" else "splice after an earlier node",
+        hint="say which: site.inputs[name]"
+        if inputs and where == "around"
+        else "splice after an earlier node"
+        + ("" if inputs else ": what is in a list or dict, is whole numbers or is overwritten there does not count"),
     )
 
 

@@ -46,7 +46,7 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
             place, what = (repr(at), "ag.Bottleneck(16)") if named else (repr(method), repr(at))
             hint = f"first where, then what: graph.splice({place}, {what})"
         raise BadSplice(f"{method!r} is no method and no callable site -> Node", source=source, hint=hint)
-    where = _where(at, where or getattr(method, "where", "after"), source)
+    where = _where(at, getattr(method, "where", "after") if where is None else where, source)
     starts = starts_of(graph, at, source)
     hosts = hosts_of(graph, at, where, source)
     draft = Draft(graph)
@@ -81,7 +81,7 @@ def method_of(given: Any) -> str | None:
 
 
 def _where(at: Selector, where: Any, source: Source | None) -> str:
-    if where not in WHERE:
+    if not isinstance(where, str) or where not in WHERE:
         raise BadSplice(f"a body can be 'after', 'around' or 'before' its host, not {where!r}", source=source)
     spans = [entry for entry in entries_of(at) if isinstance(entry, Span)]
     if spans and where != "around":

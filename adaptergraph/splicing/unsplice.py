@@ -11,7 +11,8 @@ from ..errors import BadSplice, GraphError, Source, UnknownNode, here
 from ..graph import Graph, leaves
 from ..node import Node
 from ..select import Selection, Selector, entries_of, match
-from .draft import map_outputs
+from .draft import Draft, map_outputs
+from .hosts import unread
 
 
 def unsplice(graph: Graph, at: Selector) -> Graph:
@@ -52,13 +53,22 @@ def unsplice(graph: Graph, at: Selector) -> Graph:
         if name not in gone
     }
     lost = {p for name, node in graph._nodes.items() if name not in nodes for p in node.param_names()}
-    return graph._with(
+    left = graph._with(
         nodes=nodes,
         outputs=outputs,
         bodies=bodies,
         splices=remaining(graph.splices, bodies),
         overrides={p: t for p, t in graph._overrides.items() if p not in lost},
     )
+    _, idle = unread(left, Draft(left).kept(), bodies) if bodies else ((), [])
+    if idle:
+        raise BadSplice(
+            f"of the body {idle[0].name!r} nothing comes without {', '.join(map(repr, gone))}: it would change nothing",
+            node=idle[0].name,
+            source=source,
+            hint=f"take it out too: graph.unsplice({[*gone, *(body.name for body in idle)]})",
+        )
+    return left
 
 
 def _refuse_readers(graph: Graph, nodes: Mapping[str, Node], outputs: Any, source: Source | None) -> None:

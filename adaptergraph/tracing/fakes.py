@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from ..node import EMPTY
+from .parts import tensors
 
 # a part of the model or of a library, never of one call
 _SHARED = (type, nn.Module, FunctionType, ModuleType)
@@ -43,12 +47,31 @@ def refuse_other_dtype(operation: str, given: list[Tensor], parameters: Mapping[
             raise OtherDtype(operation, other.dtype, parameters[id(own)], own.dtype)
 
 
+class Fakes(FakeTensorMode):
+    """Tensors without values; a kernel whose fake twin knows bfloat16 only gives what it would give in that dtype."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = EMPTY) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except RuntimeError as error:
+            if not any(word in str(error).lower() for word in ("bf16", "bfloat16")):
+                raise
+        with self:
+            halved = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, (args, kwargs))
+        out = super().__torch_dispatch__(func, types, *halved)
+        dtype = next(t.dtype for _, t in tensors((args, kwargs)) if t.is_floating_point())
+        with self:
+            return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, out)
+
+
 class Faker:
     """Fake twins of tensors, one for each tensor."""
 
-    def __init__(self, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
-        self.dtype = dtype
         self.made_of: list[Tensor] = []
         self.twins: dict[int, Any] = {}
         self.further: list[Any] = []
@@ -72,9 +95,8 @@ class Faker:
         if tensor.layout != torch.strided:
             twin: Any = self.mode.from_tensor(tensor)
         else:
-            dtype = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             device = torch.device("cpu") if tensor.is_meta else tensor.device
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             twin = FakeTensor(self.mode, empty, device)
         if isinstance(tensor, nn.Parameter):
             # as nn.Parameter marks a tensor of another class, without a detached copy of it

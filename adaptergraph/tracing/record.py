@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from ..axes import Axes, op_name
+from .arguments import bound, by_name
 from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
@@ -31,14 +32,13 @@ _CROWD = 32
 class Recorder:
     """The events of one run, and which event each tensor came from."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.paths = {id(m): n for n, m in self.modules.items()}
         self.signatures: dict[int, inspect.Signature] = {}
         self.named = list(model.named_parameters(remove_duplicate=False))
         self.parameters: dict[int, str] = {}
-        self.dtype = dtype
         self.values: dict[int, tuple[Record, Any]] = {}
         self.storages: dict[int, list[Tensor]] = {}
         self.written: set[int] = set()
@@ -417,7 +417,7 @@ class Recorder:
             list(map(self.walks.used, given))
         frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
-        if not self.real and self.dtype is None:
+        if not self.real:
             refuse_other_dtype(record.op, given, self.parameters)
         for tensor in given:
             if self.origin(tensor, frame) is not None:
@@ -546,22 +546,3 @@ def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: lis
 def _replaces(func: Any) -> bool:
     """Whether a function gives its first argument other memory, which no version counts."""
     return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"
-
-
-def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
-    return by_name(inspect.signature(module.forward), args, kwargs)
-
-
-def by_name(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by the names of a signature."""
-    named: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{name}_{i}": v for i, v in enumerate(value)})
-        else:
-            named[name] = value
-    return named

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.nn.parameter import is_lazy
 
@@ -32,11 +31,12 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
+from .arguments import example_of
 from .calls import Made, Record
-from .fakes import Faker, OtherDtype, clear_caches, copy_over
+from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
 from .identity import Events, asking, refuse_other_way
 from .parts import PLAIN, tensors
-from .record import Operations, Recorder, bound
+from .record import Operations, Recorder
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -71,8 +71,8 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
         GraphError: it does not.
     """
 
-    def make(model: nn.Module, dtype: torch.dtype | None, apart: bool) -> Recorder:
-        recorder = Recorder(model, dtype)
+    def make(model: nn.Module, apart: bool) -> Recorder:
+        recorder = Recorder(model)
         recorder.events, recorder.apart = Events(), apart
         return recorder
 
@@ -93,7 +93,7 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
         GraphError: the forward fails with these arguments.
     """
     errors: list[_Error] = []
-    for attempt in (_fake, _bfloat16, _real):
+    for attempt in (_fake, _real):
         recorder = attempt(model, args, kwargs, errors, make)
         if recorder is not None:
             return recorder
@@ -203,16 +203,7 @@ def _describe(value: Any) -> str:
 
 
 def _fake(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
-    return _attempt(model, args, kwargs, errors, make(model, None), FakeTensorMode(allow_non_fake_inputs=True))
-
-
-def _bfloat16(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
-    """Some fake kernels (grouped matrix products) know bfloat16 only; shapes are the same."""
-    text = str(errors[-1][0]).lower()
-    if ("bf16" not in text and "bfloat16" not in text) or isinstance(errors[-1][0], OtherDtype):
-        return None
-    recorder = make(model, torch.bfloat16)
-    return _attempt(model, args, kwargs, errors, recorder, FakeTensorMode(allow_non_fake_inputs=True))
+    return _attempt(model, args, kwargs, errors, make(model), Fakes())
 
 
 def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: Any) -> Recorder | None:
@@ -220,7 +211,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
     if any(t.is_meta or isinstance(t, FakeTensor) for t in (*_held(model), *(t for _, t in tensors((args, kwargs))))):
         return None
     kept = [(t, t.clone()) for t in _held(model) if not isinstance(t, nn.Parameter)]
-    recorder = _attempt(model, args, kwargs, errors, make(model, None), None)
+    recorder = _attempt(model, args, kwargs, errors, make(model), None)
     with torch.no_grad():
         for tensor, values in kept:
             if tensor.shape != values.shape:
@@ -231,7 +222,7 @@ def _real(model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], make: 
 
 
 def _attempt(
-    model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], recorder: Recorder, mode: FakeTensorMode | None
+    model: nn.Module, args: Any, kwargs: Any, errors: list[_Error], recorder: Recorder, mode: Fakes | None
 ) -> Recorder | None:
     """One run; if it fails, what it raised is added to the errors."""
     failed = False
@@ -250,7 +241,7 @@ def _attempt(
     return None if failed else recorder
 
 
-def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> None:
+def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fakes | None) -> None:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.inference_mode(False))
@@ -260,7 +251,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(_undisturbed(recorder.modules.values()))
         stack.callback(recorder.empty)
         if mode is not None:
-            faked = Faker(mode, recorder.dtype)
+            faked = Faker(mode)
             faked.swap(recorder.modules.values())
             args, kwargs = _mapped(args, faked.given), _mapped(kwargs, faked.given)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
@@ -354,7 +345,7 @@ class _Finish:
     def __init__(self, model: nn.Module, recorder: Recorder, args: Any, kwargs: Any) -> None:
         self.model = model
         self.recorder = recorder
-        self.example = _example(model, args, kwargs)
+        self.example = example_of(model, args, kwargs)
         copied = functools.cache(lambda tensor: tensor.detach().clone())
         self.given = _mapped(args, copied), _mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
@@ -427,13 +418,9 @@ class _Finish:
         record.name = name
         shape, dtype = (None, None) if record.silent else record.outs[record.main]
         axis = self.recorder.axes.known.get((record, record.main))
-        self.nodes[name] = Node(record.op, inputs, name, shape, dtype and self.dtype(dtype), params=params, axis=axis)
+        self.nodes[name] = Node(record.op, inputs, name, shape, dtype, params=params, axis=axis)
         if record.kind != "input":
             self.scopes[name] = record.scope
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a value in the model itself, where the run was made in another one."""
-        return next(self.model.parameters()).dtype if dtype == self.recorder.dtype else dtype
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
@@ -454,7 +441,7 @@ class _Finish:
             label += "_"
         shape, dtype = record.outs[key]
         axis = self.recorder.axes.known.get((record, key))
-        self.nodes[label] = Node("output", (final.name,), label, shape, self.dtype(dtype), axis=axis)
+        self.nodes[label] = Node("output", (final.name,), label, shape, dtype, axis=axis)
         self.scopes[label] = final.scope
         return label
 
@@ -526,19 +513,3 @@ class _Finish:
                 hint="return a tensor, or a tuple, list, dict or dataclass with one",
             )
         return next(iter(found.values())) if list(found) == [""] else found
-
-
-def _example(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """The arguments as shapes and plain values, for tracing again; None where that is not enough."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        if value is None or isinstance(value, bool | int | float | str):
-            return {"value": value}
-        raise TypeError
-
-    try:
-        return {name: plain(value) for name, value in bound(model, args, kwargs).items()}
-    except TypeError:
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from ..errors import GraphError, here
 from ..graph import Graph
 from ..shapes import uncollected
 from .boxes import Boxes, Draft, Edge
@@ -40,8 +41,8 @@ def view(
     """
     with uncollected():
         outline = Outline(graph)
-        opened = [outline.find(name) for name in ([open] if isinstance(open, str) else open)]
-        marked = {name: outline.find(name) for name in ([mark] if isinstance(mark, str) else mark)}
+        opened = [outline.find(name) for name in _names(open, "open")]
+        marked = {name: outline.find(name) for name in _names(mark, "mark")}
         special = {*marked, *(item.path for item in opened)}
         runs = Repeats(graph, outline, special).find() if fold and not nodes else []
         if nodes:
@@ -51,6 +52,14 @@ def view(
             outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
         boxes = Boxes(graph, outline, special)
         return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
+
+
+def _names(given: Any, option: str) -> list[str]:
+    """The names in an option."""
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(name, str) for name in names):
+        raise GraphError(f"{option} takes names, not {given!r}", source=here(), hint=f"{option}=['encoder.layer.0']")
+    return names
 
 
 def _wanted(
