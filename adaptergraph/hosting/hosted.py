@@ -213,7 +213,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 class _Unannounced(nn.Module):
-    """Before a class that does something with its subclasses, as to register them: ours is no new class to it."""
+    """Before a class that refuses a subclass of this name, or without a keyword: ours is no new class to it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
@@ -286,11 +286,16 @@ def hosted_class(cls: Any, mixin: type = object, name: str = "") -> type:
 
 
 def _subclass(cls: Any, mixin: type, members: dict[str, Any], name: str) -> type:
-    watches = any("__init_subclass__" in vars(base) for base in cls.__mro__[:-1])
-    bases = (*[_Unannounced] * watches, cls, *[mixin] * (mixin is not object))
+    bases = (cls, *[mixin] * (mixin is not object))
+    fill = lambda space: space.update(members)  # noqa: E731
+    # a class may have to see its subclasses, as layers that wrap their forwards to checkpoint themselves
     try:
-        return types.new_class(cls.__name__, bases, exec_body=lambda space: space.update(members))
-    except Exception as error:
+        return types.new_class(cls.__name__, bases, exec_body=fill)
+    except Exception as refused:
+        error = refused
+    try:
+        return types.new_class(cls.__name__, (_Unannounced, *bases), exec_body=fill)
+    except Exception:
         raise BadSplice(
             f"{f'{name!r} ({cls.__name__})' if name else cls.__name__} cannot be a host: its class takes no subclass",
             node=name or None,
