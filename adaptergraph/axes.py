@@ -512,7 +512,7 @@ _KINDS: Mapping[Rule, str] = {
     """,
     _joined: "cat concat concatenate",
     _last: "embedding embedding_bag one_hot bilinear",
-    _linear: "linear lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell conv_tbc",
+    _linear: "linear linear_dynamic lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell conv_tbc",
     _attention: "scaled_dot_product_attention",
     _attention_layer: "multi_head_attention_forward native_multi_head_attention transformer_encoder_layer_fwd",
     _channel_norm: "batch_norm group_norm instance_norm",

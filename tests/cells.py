@@ -93,12 +93,14 @@ def wrap_before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     module.forward = forward
 
 
-def note(module: nn.Module, given: bool = False) -> list[Tensor]:
-    """A list that holds what a module returned last, or was given, whatever is written over it later."""
+def note(module: nn.Module, given: bool = False, overwritten: bool = False) -> list[Tensor]:
+    """A list that holds what a module returned last, or was given; a copy if it is written over later."""
     seen: list[Tensor] = []
 
     def change(value: Tensor, argument: Tensor) -> Tensor:
-        seen[:] = [(argument if given else value).clone()]
+        noted = argument if given else value
+        # a copy is another reader to autograd, which adds up gradients in another order then
+        seen[:] = [noted.clone() if overwritten else noted]
         return value
 
     wrap_after(module, change)
@@ -403,7 +405,8 @@ class Cell:
             assert at.sums is not None
             at.sums[1](module, hand)
         elif self.kind in ("ladder", "cross"):
-            rungs = [note(model.get_submodule(r)) for r in (at.layers if self.kind == "ladder" else at.cross[:1])]
+            read = at.layers if self.kind == "ladder" else at.cross[:1]
+            rungs = [note(model.get_submodule(r), overwritten=self.name == "resnet") for r in read]
             wrap_after(module, lambda value, given: hand(value, [seen[0] for seen in rungs]))
         else:
             start = note(model.get_submodule(self.start(host)), given=True)

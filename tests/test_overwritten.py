@@ -245,7 +245,9 @@ def test_a_module_whose_return_nobody_takes_is_no_place_for_a_body(make, method)
     with pytest.raises(ag.BadSplice) as error:
         graph.splice("m", method)
     assert "'m' gives a value that nothing reads: a body there would change nothing" in str(error.value)
-    assert error.value.hint == "splice at 'a', which runs before it and is read, or leave it out of the pattern"
+    assert error.value.hint.startswith(
+        "splice at 'a', which runs before it and is read, or leave it out of the pattern"
+    )
 
 
 # ---------------------------------------------------------------------- operations that give a view

@@ -53,7 +53,8 @@ def add_alike(x: Tensor, more: Tensor) -> Tensor:
     Raises:
         ShapeMismatch: theirs differ, also where torch would broadcast.
     """
-    if x.shape != more.shape:
+    # symbolic tracing has no shapes
+    if not isinstance(x, torch.fx.Proxy) and x.shape != more.shape:
         raise ShapeMismatch(
             "a body around its host cannot add to what it gives: the host changes places, not features alone",
             sides=[("host", format_shape(tuple(x.shape))), ("body", format_shape(tuple(more.shape)))],

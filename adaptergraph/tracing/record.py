@@ -407,9 +407,8 @@ class Recorder:
         outs = list(tensors(result))
         if self.events is not None:
             self.events.number(t for _, t in outs)
-        mutated = _written(
-            func, args, kwargs, [t for t, v in zip(given, versions, strict=True) if version(t) != v], outs
-        )
+        changed = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
+        mutated = _written(func, args, kwargs, changed, outs)
         if not outs and not mutated:
             self.looked_at(op_name(func), given, result)
             return result
@@ -426,12 +425,8 @@ class Recorder:
                 record.params[self.parameters[id(tensor)]] = None
         if self.outside.left:
             record.reads += self.outside.back(record.op, args, kwargs)
-
-        def fresh(tensor: Tensor) -> Tensor:
-            return another(tensor) if any(tensor is g for g in given) else tensor
-
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
-            result = replaced(result, fresh)
+            result = replaced(result, lambda t: another(t) if any(t is g for g in given) else t)
             outs = list(tensors(result))
         # a TorchScript function is called as it likes
         if getattr(func, "__module__", None) != __name__:
