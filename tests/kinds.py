@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -79,3 +80,22 @@ def adapted(kind: str, base: nn.Module | None = None) -> nn.Module:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients that are there, by name."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def trainer_arguments(directory: object, steps: int, **more: Any) -> Any:
+    """For a Hugging Face Trainer on the CPU that takes these steps in silence, two rows at a time."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        **more,
+    )

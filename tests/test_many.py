@@ -11,7 +11,7 @@ import byhand
 import pytest
 import torch
 import two_processes
-from kinds import BODY, KINDS, NEW, adapted, add_tap, deep_llama, gradients, ids
+from kinds import BODY, KINDS, NEW, adapted, add_tap, deep_llama, gradients, ids, trainer_arguments
 from models import WIDTH, snapshot
 from test_recompute import METHODS, called_twice
 from torch import nn
@@ -182,7 +182,7 @@ def test_an_exception_inside_a_forward_leaves_nothing_behind(error, where):
 
 
 def trained(directory, steps, resume=False):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     torch.manual_seed(0)
     base = deep_llama()
@@ -190,18 +190,10 @@ def trained(directory, steps, resume=False):
     model = byhand.randomise(KINDS["mid"](graph).compile(), 0.1)
     before = {n: p.clone() for n, p in model.named_parameters()}
     rows = [{"input_ids": row, "labels": row} for row in ids(8, 7)]
-    arguments = TrainingArguments(
-        str(directory),
-        max_steps=steps,
+    arguments = trainer_arguments(
+        directory,
+        steps,
         save_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        logging_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        seed=1,
-        disable_tqdm=True,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )

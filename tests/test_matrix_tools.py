@@ -12,8 +12,9 @@ import byhand
 import pytest
 import torch
 import whole
+from kinds import gradients, trainer_arguments
 from models import loss, run, tensors
-from whole import LAYERS, WHOLE, gradients, labelled, without_dropout
+from whole import LAYERS, WHOLE, labelled, without_dropout
 
 import adaptergraph as ag
 
@@ -139,26 +140,14 @@ def test_checkpointed_layers(traced, cell, reentrant):
 
 
 def trained(traced, cell, directory, steps, resume=False):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     torch.manual_seed(0)
     case, model = adapted(traced, cell, 0.1)
     before = {n: p.clone() for n, p in model.named_parameters()}
     # of some models it writes other names than the Trainer reads, which then starts anew, with or without bodies
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-    arguments = TrainingArguments(
-        str(directory),
-        max_steps=steps,
-        save_steps=1,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        lr_scheduler_type="constant",
-        logging_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        seed=1,
-        disable_tqdm=True,
-    )
+    arguments = trainer_arguments(directory, steps, save_steps=1)
     Trainer(model, arguments, train_dataset=labelled(case, 6)).train(resume_from_checkpoint=resume)
     return before, dict(model.named_parameters())
 

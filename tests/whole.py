@@ -9,6 +9,7 @@ import byhand
 import torch
 import torch.multiprocessing as multiprocessing
 from cells import Cell
+from kinds import gradients
 from models import loss
 from torch import distributed, nn
 
@@ -40,11 +41,6 @@ def without_dropout(model):
             if isinstance(vars(module).get(name), float):
                 setattr(module, name, 0.0)
     return model
-
-
-def gradients(model):
-    """The gradients that are there, by name."""
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def labelled(case, rows):
