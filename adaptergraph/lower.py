@@ -24,9 +24,8 @@ from .layers.table import OPS, runnable
 from .node import Node, Shape, format_shape
 from .shapes import Value, uncollected
 from .splicing.draft import map_outputs
+from .splicing.site import HALF
 from .switch import Switch
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)

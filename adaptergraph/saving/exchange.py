@@ -20,12 +20,12 @@ from ..errors import GraphError, here, suggestion
 from ..graph import Graph
 from ..imported import Aside, Call, Imported, Module
 from ..layers.table import OPS, runnable
-from ..lower import HALF
 from ..methods import METHODS
 from ..names import body_name, check_imported_name, check_input_name, check_name, path_of
 from ..node import Node, Param, format_shape
 from ..select import Span
 from ..shapes import Spec, Value, infer, uncollected
+from ..splicing.site import HALF
 from .consistency import HINT, check_consistency, wrong
 
 FURTHER = re.compile(r"[1-9]\d{0,8}", re.ASCII)
