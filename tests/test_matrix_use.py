@@ -8,7 +8,7 @@ import re
 import byhand
 import pytest
 import torch
-from cells import ALL, CELLS, KINDS, Cell, Hand, serial, wrap_after
+from cells import ALL, CELLS, KINDS, Cell, Hand, wrap_after
 from models import keys, loss, run, tensors
 from test_hosted import same
 from torch import nn
@@ -107,71 +107,6 @@ def test_an_operation_that_gives_several_values_is_no_host():
     graph = ag.trace(case.model(), **kwargs, use_cache=False)
     with pytest.raises(ag.BadSplice, match="gives several values, of which none is its own"):
         graph.splice("transformer.h.0.attn/split", ag.Bottleneck(4))
-
-
-def test_a_lowered_forward_refuses_a_call_without_an_argument_that_functions_ask_after():
-    """Without a mask torch's attention is told to be causal: another way than the one that was lowered."""
-    case = ALL["gpt2"]
-    base = case.model().requires_grad_(False)
-    kwargs = {**case.args()[1], "use_cache": False}
-    padded = {**kwargs, "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
-    model = ag.trace(base, **padded).splice("transformer.h.0.attn/view", ag.Bottleneck(4)).compile()
-    same(model(**padded), base(**padded))
-    with pytest.raises(ag.GraphError, match="'attention_mask' is None here, but the forward was lowered for a value"):
-        model(**kwargs)
-
-
-class Renamed(nn.Module):
-    """A function is given what it is given, under another name, and reads it only where it is there."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x, mask=None):
-        h = self.norm(x) * 2 + x
-        other = mask
-        return pick(h, [other]) + h
-
-
-class Unread(Renamed):
-    """A function asks whether it is there, no more."""
-
-    def forward(self, x, mask=None):
-        h = self.norm(x) * 2 + x
-        return bend(h, mask) + h
-
-
-def pick(h, masks):
-    return h.tanh() if masks[0] is None else h * masks[0]
-
-
-def bend(h, mask):
-    return h.tanh() if mask is None else h * 0.5
-
-
-@pytest.mark.parametrize("kind", [Renamed, Unread])
-def test_a_lowered_forward_refuses_it_whatever_the_function_does_with_it(kind):
-    base, x = nn.Sequential(nn.Identity(), Wrapped(kind())).eval(), torch.randn(2, 8)
-    model = byhand.randomise(ag.trace(base, x).splice("1.inner/add", ag.Bottleneck(4)).compile())
-    body = Hand(model.get_submodule("1.inner.adapter_add"), serial)
-    h = body(base[1].inner.norm(x) * 2 + x)
-    assert torch.equal(model(x), h * 0.5 + h)
-    model[1].mask = None
-    with pytest.raises(ag.GraphError, match="'mask' is None here"):
-        model(x)
-
-
-class Wrapped(nn.Module):
-    """Gives its child a mask, or none."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-        self.mask = 0.5
-
-    def forward(self, x):
-        return self.inner(x, torch.full((8,), self.mask) if self.mask else None)
 
 
 # ---------------------------------------------------------------------- files of the host's own library

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..axes import op_name
 from ..tracing.memory import version
 from ..tracing.parts import tensors
-from .program import Unlowered, same
+from .program import Unlowered, branches, same
 
 MORE = "_adaptergraph_more"
 
@@ -121,7 +121,7 @@ class Tracer(fx.Tracer):
         value = self.values[obj.node]
         if not is_plain(value):
             raise Unlowered(f"it branches on what a value is ({obj.node.name})")
-        self.checked(obj.node, value, obj.node.name)
+        self.checked(obj.node, bool(value), obj.node.name, branches)
         return bool(value)
 
     def create_node(
@@ -159,11 +159,11 @@ class Tracer(fx.Tracer):
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def checked(self, node: fx.Node, value: Any, what: str) -> None:
+    def checked(self, node: fx.Node, value: Any, what: str, check: Callable[..., None] = same) -> None:
         """Lets the code refuse a call in which this is something else."""
         before = self.running
         self.running = True
-        self.create_node("call_function", same, (node, value, what), {})
+        self.create_node("call_function", check, (node, value, what), {})
         self.running = before
 
 

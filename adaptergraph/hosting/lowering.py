@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +21,17 @@ from .following import MORE, Tracer, is_plain
 from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
 from .source import Source, names
 
+# the number that tells operations of one kind apart
+_KIND = re.compile(r"_\d+$")
 
-def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs: Any) -> Program:
+
+def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[str], args: Any, kwargs: Any) -> Program:
     """The forward of a module as code that stops at operations of it.
 
     Args:
         module: not hosted yet.
         operations: the operations by their name in the module's own forward, and the number each is called by.
+        traced: all operations of a call of it, in order, when the model was traced.
         args, kwargs: of a call of the module, with real tensors; on meta only shapes are compared.
 
     Raises:
@@ -60,16 +66,24 @@ def lowered(module: nn.Module, operations: Mapping[str, int], args: Any, kwargs:
     fixed |= dict.fromkeys(source.kinds)
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
-    was = module.training
-    graphs = {}
-    try:
-        for mode in (False, True):
-            module.training = mode
-            with _unchanged(module):
-                graphs[mode] = _followed(module, forward, {**values, **more}, fixed, rest is not None, operations)
-    finally:
-        module.training = was
-    return Program(positional, parameters, rest is not None, settings, graphs)
+    values |= more
+    way = _Way(module, forward, rest is not None, operations, traced)
+    code = way.followed(values, fixed)
+    without: dict[str, dict[bool, fx.Graph] | str] = {}
+    for name in _needed(code):
+        # such as a mask: some calls have none, or the trace made one that the model does not make
+        try:
+            without[name] = way.followed({**values, name: None}, {**fixed, name: None})
+        except Unlowered as error:
+            without[name] = str(error)
+    return Program(positional, parameters, rest is not None, settings, code, without)
+
+
+def _needed(code: Mapping[bool, fx.Graph]) -> list[str]:
+    """The arguments without which a forward takes another way."""
+    nodes = (node for graph in code.values() for node in graph.nodes if node.target is same)
+    checked = (node.args for node in nodes if node.args[1] is ...)
+    return list(dict.fromkeys(value.target for value, *_ in checked if value.op == "placeholder"))
 
 
 @contextmanager
@@ -114,39 +128,97 @@ def _parts(value: Any) -> list[Any]:
     return [*value, *value.values()] if isinstance(value, dict) else list(value)
 
 
-def _followed(
-    module: nn.Module,
-    forward: Callable[..., Any],
-    values: Mapping[str, Any],
-    fixed: Mapping[str, Any],
-    more: bool,
-    operations: Mapping[str, int],
-) -> fx.Graph:
-    tracer = Tracer(module, copy.copy(values), fixed, more)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the forward of one module is followed.
+
+    Attributes:
+        more: it takes further keyword arguments.
+        operations: those to stop at, and the number each is called by.
+        traced: all operations of a call of it, in order, when the model was traced.
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    more: bool
+    operations: Mapping[str, int]
+    traced: Sequence[str]
+
+    def followed(self, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[bool, fx.Graph]:
+        """The code in eval and in training.
+
+        Args:
+            values: the arguments.
+            fixed: those that are a value in each call (`...`) or None in each call.
+
+        Raises:
+            Unlowered: it cannot be followed with them.
+        """
+        was = self.module.training
+        graphs = {}
         try:
-            with _unchanged(module):
-                expected = forward(module, **_own(values))
-        except Unlowered:
-            raise
-        except Exception as error:
-            raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
-        torch.manual_seed(0)
-        tracer.given = _own(values)
-        try:
-            graph = tracer.follow(module, forward)
-        except Unlowered:
-            raise
-        except Exception as error:
-            raise Unlowered(f"it cannot be followed: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    output = next(n for n in graph.nodes if n.op == "output")
-    _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
-    _guard(graph, {n for n, v in tracer.given.items() if v is not None} - set(fixed))
-    _hand_on(graph)
-    _stop(graph, tracer, operations)
-    graph.lint()
-    return graph
+            for mode in (False, True):
+                self.module.training = mode
+                with _unchanged(self.module):
+                    graphs[mode] = self._in_mode(values, fixed)
+        finally:
+            self.module.training = was
+        return graphs
+
+    def _in_mode(self, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> fx.Graph:
+        module, forward = self.module, self.forward
+        tracer = Tracer(module, values, fixed, self.more)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                with _unchanged(module):
+                    expected = forward(module, **_own(values))
+            except Unlowered:
+                raise
+            except Exception as error:
+                raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
+            torch.manual_seed(0)
+            tracer.given = _own(values)
+            try:
+                graph = tracer.follow(module, forward)
+            except Unlowered:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                raise Unlowered(f"it cannot be followed: {why}") from error
+        output = next(n for n in graph.nodes if n.op == "output")
+        _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
+        _guard(graph, {n for n, v in tracer.given.items() if v is not None} - set(fixed))
+        _hand_on(graph)
+        same_as = counterparts(self.traced, list(tracer.operations))
+        for name, slot in self.operations.items():
+            _stop(graph, tracer, name, same_as.get(name), slot)
+        graph.lint()
+        return graph
+
+
+def counterparts(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """Which operation of one run of a forward is which of another run, as far as that is beyond doubt.
+
+    Two runs may part somewhere, as where one has a mask: the operations before are the same ones, and so are those
+    after the last difference. One that could be either of two is none.
+
+    >>> counterparts(["view", "mul", "add", "add_1", "view_1"], ["view", "mul", "add", "view_1"])
+    {'view': 'view', 'mul': 'mul', 'view_1': 'view_1'}
+    """
+    mine, theirs = [[_KIND.sub("", n) for n in some] for some in (names, others)]
+    if mine == theirs:
+        return dict(zip(names, others, strict=True))
+    before, after = _in_common(mine, theirs), _in_common(mine[::-1], theirs[::-1])
+    doubtful = max(0, before + after - min(len(mine), len(theirs)))
+    before, after = before - doubtful, after - doubtful
+    last = zip(names[len(names) - after :], others[len(others) - after :], strict=True)
+    return dict([*zip(names[:before], others[:before], strict=True), *last])
+
+
+def _in_common(one: Sequence[str], two: Sequence[str]) -> int:
+    """How many of the first are equal."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,23 +274,25 @@ def _hand_on(graph: fx.Graph) -> None:
         raise Unlowered("it looks at its further keyword arguments")
 
 
-def _stop(graph: fx.Graph, tracer: Tracer, operations: Mapping[str, int]) -> None:
-    """Hands the values of some operations over to the steps of the host."""
-    for name, slot in operations.items():
-        node = tracer.operations.get(name)
-        if (
-            node is None
-            or node.op not in ("call_function", "call_method")
-            or list(tracer.operations.values()).count(node) != 1
-        ):
-            raise Unlowered(f"the operation {name!r} is a part of something larger in it")
-        if not isinstance(tracer.values[node], Tensor):
-            raise Unlowered(f"the operation {name!r} gives several values in it")
-        if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
-            raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
-        with graph.inserting_after(node):
-            host = graph.create_node("get_attr", SELF)
-        with graph.inserting_after(host):
-            stop = graph.create_node("call_function", at_operation, (host, slot, node))
-        for user in [u for u in node.users if u is not stop]:
-            user.replace_input_with(node, stop)
+def _stop(graph: fx.Graph, tracer: Tracer, name: str, own: str | None, slot: int) -> None:
+    """Hands the value of an operation over to the steps of the host.
+
+    Args:
+        name: of the operation when the model was traced.
+        own: on the way that is followed; None where no operation of it is certainly this one.
+    """
+    if own is None:
+        raise Unlowered(f"it runs other operations than when it was traced: {name!r} may not be one of them")
+    node = tracer.operations[own]
+    if node.op not in ("call_function", "call_method") or list(tracer.operations.values()).count(node) != 1:
+        raise Unlowered(f"the operation {name!r} is a part of something larger in it")
+    if not isinstance(tracer.values[node], Tensor):
+        raise Unlowered(f"the operation {name!r} gives several values in it")
+    if node in tracer.changed and any(len(i.users) > 1 for i in node.all_input_nodes[:1]):
+        raise Unlowered(f"the operation {name!r} changes a tensor that is read elsewhere too")
+    with graph.inserting_after(node):
+        host = graph.create_node("get_attr", SELF)
+    with graph.inserting_after(host):
+        stop = graph.create_node("call_function", at_operation, (host, slot, node))
+    for user in [u for u in node.users if u is not stop]:
+        user.replace_input_with(node, stop)

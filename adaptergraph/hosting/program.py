@@ -19,6 +19,7 @@ from .steps import done
 PLAN = "_adaptergraph_plan"
 # on the swapped class: the module itself, for code that can only name its attributes
 SELF = "_adaptergraph_self"
+AGAIN = "trace the model with the arguments that it is called with now, or splice at a module instead of an operation"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
@@ -54,6 +55,7 @@ class Program:
         takes_more: further keyword arguments go to the children that the forward gives them to.
         settings: plain attributes of the module that the code was lowered with.
         graphs: the code in eval and in training.
+        without: by argument, the same for calls in which it is None, or else why there is no such code.
     """
 
     def __init__(
@@ -63,13 +65,17 @@ class Program:
         takes_more: bool,
         settings: Mapping[str, Any],
         graphs: Mapping[bool, fx.Graph],
+        without: Mapping[str, Mapping[bool, fx.Graph] | str],
     ) -> None:
         self.positional = positional
         self.parameters = parameters
         self.takes_more = takes_more
         self.settings = dict(settings)
         self.graphs = dict(graphs)
-        self.functions = {mode: _function(graph) for mode, graph in self.graphs.items()}
+        self.without = dict(without)
+        self.functions = _functions(graphs)
+        places = {p.name: i for i, p in enumerate(parameters)}
+        self.others = [(places[n], n, w if isinstance(w, str) else _functions(w)) for n, w in without.items()]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         for name, value in self.settings.items():
@@ -86,13 +92,28 @@ class Program:
                 raise GraphError(f"the argument {parameter.name!r} is not given")
         if given and not self.takes_more:
             raise GraphError(f"there is no argument {next(iter(given))!r}")
-        return self.functions[module.training](module, given, *flat)
+        functions = self.functions
+        for place, name, other in self.others:
+            if flat[place] is None:
+                if isinstance(other, str):
+                    raise GraphError(
+                        f"the argument {name!r} is None here, but the forward was lowered for a value",
+                        sides=[("without it", other)],
+                        hint="give it, or splice at a module instead of an operation",
+                    )
+                functions = other
+        return functions[module.training](module, given, *flat)
 
     def __deepcopy__(self, memo: Any) -> Program:
         return self
 
     def __reduce__(self) -> Any:
-        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.graphs)
+        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.graphs, self.without)
+
+
+def _functions(graphs: Mapping[bool, fx.Graph]) -> dict[bool, Callable[..., Any]]:
+    """The generated functions in eval and in training."""
+    return {mode: _function(graph) for mode, graph in graphs.items()}
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
@@ -133,8 +154,17 @@ def call_with(module: Any, more: Mapping[str, Any], *args: Any, **kwargs: Any) -
 def same(value: Any, traced: Any, what: str) -> None:
     """Refuses a call that would take another way through the forward than the one that was lowered."""
     if (value is None) != (traced is None) or (traced is not None and traced is not ... and value != traced):
-        raise GraphError(
-            f"{what} is {value!r} here, but the forward was lowered for {'a value' if traced is ... else repr(traced)}",
-            hint="trace the model with the arguments that it is called with now, or splice at a module instead of an "
-            "operation",
-        )
+        raise _other_way(value, "a value" if traced is ... else repr(traced), what)
+
+
+def branches(value: Any, traced: bool, what: str) -> None:
+    """Refuses a call that would take the other branch.
+
+    The value may be a symbol of torch.compile, which knows no `!=` of truth values.
+    """
+    if (not value) if traced else value:
+        raise _other_way(value, str(traced), what)
+
+
+def _other_way(value: Any, traced: str, what: str) -> GraphError:
+    return GraphError(f"{what} is {value!r} here, but the forward was lowered for {traced}", hint=AGAIN)

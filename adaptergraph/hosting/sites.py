@@ -181,7 +181,9 @@ def _programs(model: nn.Module, graph: Graph, operations: Mapping[str, Mapping[s
             if replaced_forward(module) is not None:
                 remedy = "take off what a library put there (a hook of accelerate, say), compile, and put it on again"
                 raise Unlowered("it was replaced on the module itself", remedy)
-            programs[path] = lowered(module, names, *given[path])
+            own = (n.partition("/") for n in graph.imported.scopes if ":" not in n)
+            traced = [operation for host, _, operation in own if host == path and operation]
+            programs[path] = lowered(module, names, traced, *given[path])
         except Unlowered as error:
             raise _unreached(graph, path, names, str(error), error.remedy) from None
     return programs
