@@ -115,8 +115,6 @@ class Keeping(Recorder):
         return Outside(tensor)
 
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.paused:
-            return super().operation(func, args, kwargs)
         packed = mapped((args, kwargs), self.ref)
         outer, self.now = self.now, (Step(func, packed), (args, kwargs))
         records = self.frames[-1].records

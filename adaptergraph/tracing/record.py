@@ -61,7 +61,6 @@ class Recorder:
         self.calls: dict[str, list[Any]] = {}
         self.root: list[Record] = []
         self.inputs: list[Record] = []
-        self.paused = False
         self.hidden = False
         self.failed: tuple[BaseException, str] | None = None
         self.results: list[tuple[tuple[Any, ...], tuple[Record, Any]]] = []
@@ -160,8 +159,8 @@ class Recorder:
                 self.frames[depth - 2].records += self.frames[depth - 1].records
                 del self.frames[depth - 1 :]
                 raise
-            output = self.own(output, args, kwargs)
             with torch._C.DisableTorchFunction():
+                output = self.own(output, args, kwargs)
                 self.leave(module, args, kwargs, output)
             return output
 
@@ -238,10 +237,7 @@ class Recorder:
                 self.ways.derive(new, tensor, (frame.scope, "exit"))
             return own[id(tensor)]
 
-        self.paused = True
-        output = replaced(output, fresh, given)
-        self.paused = False
-        return output
+        return replaced(output, fresh, given)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A module has run."""
@@ -393,7 +389,7 @@ class Recorder:
         """Runs a torch function and notes what it read, made and changed in place."""
         inside = torch._C._functorch.peek_interpreter_stack() is not None
         self.hidden |= inside
-        if self.paused or inside:
+        if inside:
             return func(*args, **kwargs)
         if func is Tensor.__dlpack__ and not self.real:
             # it would give memory without values
