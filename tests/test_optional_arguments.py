@@ -121,6 +121,36 @@ def test_what_is_there_only_with_a_mask(llama):
     assert "give it, or splice at a module instead of an operation" in str(error.value)
 
 
+def test_attention_with_a_cache_and_without(llama):
+    """Traced as people call it, with a cache that the model makes; it is copied to lower the forward."""
+    base = copy.deepcopy(llama)
+    base.config.use_cache = True
+    at = f"{ATTENTION}/scaled_dot_product_attention"
+    model = byhand.randomise(ag.trace(base, **PADDED).splice(at, BODY).compile())
+    body = byhand.Body(model.get_submodule(f"{ATTENTION}.adapter_scaled_dot_product_attention"))
+    for call in (*CALLS.values(), {**PADDED, "use_cache": False}, {"input_ids": IDS, "use_cache": False}):
+        with At(body, *WHERE["scaled_dot_product_attention"]):
+            wanted = base(**call)
+        found = model(**call)
+        assert torch.equal(found.logits, wanted.logits)
+        if call.get("use_cache", True):
+            pairs = zip(found.past_key_values.layers, wanted.past_key_values.layers, strict=True)
+            assert all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in pairs)
+            more = torch.cat([PADDED["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
+    # two more tokens on the cache of a padded call
+    last = [one(**PADDED) for one in (model, base)]
+    with At(body, *WHERE["scaled_dot_product_attention"]):
+        wanted = base(**PADDED)
+    with At(body, *WHERE["scaled_dot_product_attention"]):
+        wanted = base(input_ids=IDS[:, :2], attention_mask=more, past_key_values=wanted.past_key_values).logits
+    found = model(input_ids=IDS[:, :2], attention_mask=more, past_key_values=last[0].past_key_values).logits
+    assert torch.equal(found, wanted)
+    with pytest.raises(
+        ag.GraphError, match=r"what it branches on \(.*\) is (True|False) here, but the forward was lowered"
+    ):
+        model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, use_cache=True)
+
+
 def test_gpt2_without_the_mask_that_it_was_traced_with():
     case = ALL["gpt2"]
     base = case.model().requires_grad_(False)
@@ -215,13 +245,31 @@ def test_calls_without_an_argument_that_was_traced(kind):
     assert not torch.equal(model(x), model(x, mask=mask))
 
 
-def test_of_several_arguments_each_may_be_left_out_but_not_both():
+def test_of_several_arguments_any_may_be_left_out():
     x, mask, bias = torch.randn(3, 8), torch.rand(8), torch.rand(8)
     model, hand = spliced(Two, "add", mask=mask, bias=bias)
+    for more in ({"mask": mask, "bias": bias}, {"mask": mask}, {"bias": bias}, {}):
+        assert torch.equal(model(x, **more), hand(x, **more))
+
+
+class Either(Renamed):
+    """Needs one of two."""
+
+    def forward(self, x, mask=None, bias=None):
+        h = self.body(self.norm(x) * 2 + x)
+        if mask is None:
+            return self.fc(h - bias)
+        return self.fc(h * mask if bias is None else h * mask - bias)
+
+
+def test_what_fails_without_both_says_so():
+    x, mask, bias = torch.randn(3, 8), torch.rand(8), torch.rand(8)
+    model, hand = spliced(Either, "add", mask=mask, bias=bias)
     for more in ({"mask": mask, "bias": bias}, {"mask": mask}, {"bias": bias}):
         assert torch.equal(model(x, **more), hand(x, **more))
-    with pytest.raises(ag.GraphError, match="is None here, but the forward was lowered for a value"):
+    with pytest.raises(ag.GraphError, match="the arguments 'mask' and 'bias' are None here, but the forward") as error:
         model(x)
+    assert "it fails on values of the traced shapes: unsupported operand" in str(error.value)
 
 
 def test_an_argument_that_was_not_traced_is_refused_in_a_call():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..imported import Imported
 from ..tracing.arguments import from_example
+from ..tracing.fakes import copy_over, inside
 from ..tracing.record import Recorder
 from ..tracing.trace import recorded
 from .program import Other
@@ -24,12 +25,19 @@ class Like:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Object:
+    """A copy of an object, such as a cache, with `Like` in the place of its tensors."""
+
+    copy: Any
+
+
 def arguments_of(model: nn.Module, imported: Imported, paths: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """What these modules are called with first, when the model is called as it was when it was traced.
 
     Returns:
         By path positional and keyword arguments: tensors with random values (whole numbers are zeros), plain values
-        as they are, and `Other` for anything else.
+        as they are, copies of objects, and `Other` for what cannot be copied.
     """
     wanted = dict.fromkeys(paths)
     seen: dict[str, tuple[Any, Any]] = {}
@@ -61,7 +69,10 @@ def _described(value: Any) -> Any:
         return type(value)(_described(v) for v in value)
     if type(value) is dict:
         return {k: _described(v) for k, v in value.items()}
-    return value if value is None or isinstance(value, bool | int | float | str) else Other(type(value).__name__)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    copied = copy_over(value, _described)
+    return Other(type(value).__name__) if inside(copied, Tensor)[0] else Object(copied)
 
 
 def _made(value: Any, model: nn.Module, path: str) -> Any:
@@ -73,6 +84,8 @@ def _made(value: Any, model: nn.Module, path: str) -> Any:
         else:
             values = torch.full(value.shape, value.dtype == torch.bool)
         return values.to(device=device, dtype=value.dtype)
+    if isinstance(value, Object):
+        return copy_over(value.copy, lambda like: _made(like, model, path), Like)
     if type(value) in (tuple, list):
         return type(value)(_made(v, model, path) for v in value)
     if type(value) is dict:

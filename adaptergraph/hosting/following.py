@@ -121,7 +121,7 @@ class Tracer(fx.Tracer):
         value = self.values[obj.node]
         if not is_plain(value):
             raise Unlowered(f"it branches on what a value is ({obj.node.name})")
-        self.checked(obj.node, bool(value), obj.node.name, branches)
+        self.checked(obj.node, bool(value), f"what it branches on ({obj.node.name})", branches)
         return bool(value)
 
     def create_node(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..tracing.fakes import copy_over
 from ..tracing.parts import tensors
 from .following import MORE, Tracer, is_plain
 from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
@@ -60,7 +62,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
     read = names(inspect.unwrap(forward), type(module))
     settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and is_plain(v)}
-    fixed |= {n: ... for n in source.handed if values.get(n) is not None}
+    fixed |= {n: None if values[n] is None else ... for n in source.handed if n in values}
     if any(values.get(n, ...) is not None for n in source.kinds):
         raise Unlowered("it asks for the kind of a value: isinstance or the like")
     fixed |= dict.fromkeys(source.kinds)
@@ -69,14 +71,18 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
     values |= more
     way = _Way(module, forward, rest is not None, operations, traced)
     code = way.followed(values, fixed)
-    without: dict[str, dict[bool, fx.Graph] | str] = {}
-    for name in _needed(code):
-        # such as a mask: some calls have none, or the trace made one that the model does not make
+    ways: dict[tuple[str, ...], dict[bool, fx.Graph] | str] = {(): code}
+    # such as a mask: some calls have none, or the trace made one that the model does not make
+    needed = _needed(code)
+    for left_out in itertools.chain.from_iterable(itertools.combinations(needed, i + 1) for i in range(len(needed))):
+        if any(isinstance(ways.get((name,)), str) for name in left_out):
+            continue
+        none = dict.fromkeys(left_out)
         try:
-            without[name] = way.followed({**values, name: None}, {**fixed, name: None})
+            ways[left_out] = way.followed({**values, **none}, {**fixed, **none})
         except Unlowered as error:
-            without[name] = str(error)
-    return Program(positional, parameters, rest is not None, settings, code, without)
+            ways[left_out] = str(error)
+    return Program(positional, parameters, rest is not None, settings, ways)
 
 
 def _needed(code: Mapping[bool, fx.Graph]) -> list[str]:
@@ -222,9 +228,8 @@ def _in_common(one: Sequence[str], two: Sequence[str]) -> int:
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in tensors of their own, which a forward may write to."""
-    clone = lambda v: v.clone() if isinstance(v, Tensor) else v  # noqa: E731
-    return {n: tuple(map(clone, v)) if type(v) is tuple else clone(v) for n, v in values.items()}
+    """The same values in tensors and objects of their own, which a forward may write to."""
+    return {n: v.clone() if isinstance(v, Tensor) else copy_over(v, torch.clone) for n, v in values.items()}
 
 
 def _compare(expected: Any, found: Any) -> None:

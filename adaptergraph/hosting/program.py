@@ -54,8 +54,8 @@ class Program:
         parameters: all that the code takes, in its order.
         takes_more: further keyword arguments go to the children that the forward gives them to.
         settings: plain attributes of the module that the code was lowered with.
-        graphs: the code in eval and in training.
-        without: by argument, the same for calls in which it is None, or else why there is no such code.
+        ways: by the arguments that are None where they were given when it was traced, the code in eval and in training,
+            or why there is none.
     """
 
     def __init__(
@@ -64,18 +64,20 @@ class Program:
         parameters: tuple[Parameter, ...],
         takes_more: bool,
         settings: Mapping[str, Any],
-        graphs: Mapping[bool, fx.Graph],
-        without: Mapping[str, Mapping[bool, fx.Graph] | str],
+        ways: Mapping[tuple[str, ...], Mapping[bool, fx.Graph] | str],
     ) -> None:
         self.positional = positional
         self.parameters = parameters
         self.takes_more = takes_more
         self.settings = dict(settings)
-        self.graphs = dict(graphs)
-        self.without = dict(without)
-        self.functions = _functions(graphs)
+        self.ways = dict(ways)
+        self.functions = {
+            left_out: {mode: _function(graph) for mode, graph in way.items()}
+            for left_out, way in ways.items()
+            if not isinstance(way, str)
+        }
         places = {p.name: i for i, p in enumerate(parameters)}
-        self.others = [(places[n], n, w if isinstance(w, str) else _functions(w)) for n, w in without.items()]
+        self.optional = [(places[names[0]], names[0]) for names in ways if len(names) == 1]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         for name, value in self.settings.items():
@@ -92,28 +94,27 @@ class Program:
                 raise GraphError(f"the argument {parameter.name!r} is not given")
         if given and not self.takes_more:
             raise GraphError(f"there is no argument {next(iter(given))!r}")
-        functions = self.functions
-        for place, name, other in self.others:
-            if flat[place] is None:
-                if isinstance(other, str):
-                    raise GraphError(
-                        f"the argument {name!r} is None here, but the forward was lowered for a value",
-                        sides=[("without it", other)],
-                        hint="give it, or splice at a module instead of an operation",
-                    )
-                functions = other
-        return functions[module.training](module, given, *flat)
+        left_out = tuple(name for place, name in self.optional if flat[place] is None)
+        if left_out not in self.functions:
+            raise self._refused(left_out)
+        return self.functions[left_out][module.training](module, given, *flat)
+
+    def _refused(self, left_out: tuple[str, ...]) -> GraphError:
+        """Why there is no code for a call without these arguments."""
+        one = next(((n,) for n in left_out if isinstance(self.ways[n,], str)), left_out)
+        names = " and ".join(map(repr, one))
+        them = f"the arguments {names} are" if len(one) > 1 else f"the argument {names} is"
+        return GraphError(
+            f"{them} None here, but the forward was lowered for a value",
+            sides=[("without", str(self.ways[one]))],
+            hint="give it, or splice at a module instead of an operation",
+        )
 
     def __deepcopy__(self, memo: Any) -> Program:
         return self
 
     def __reduce__(self) -> Any:
-        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.graphs, self.without)
-
-
-def _functions(graphs: Mapping[bool, fx.Graph]) -> dict[bool, Callable[..., Any]]:
-    """The generated functions in eval and in training."""
-    return {mode: _function(graph) for mode, graph in graphs.items()}
+        return Program, (self.positional, self.parameters, self.takes_more, self.settings, self.ways)
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:

@@ -112,19 +112,33 @@ class Faker:
                         table[name] = self(tensor)
 
 
-def copy_over(value: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """A copy of an object over other tensors, so that a forward may write to it; what cannot be copied stays itself."""
-    found, level = [], [value]
-    for _ in range(6):
-        level = [r for o in level for r in gc.get_referents(o) if not isinstance(r, _SHARED)]
-        found += [r for r in level if isinstance(r, Tensor)]
-        if len(level) > 20_000:
-            break
+def copy_over(value: Any, fn: Callable[[Any], Any], kind: Any = Tensor) -> Any:
+    """A copy of an object over other tensors, so that a forward may write to it; what cannot be copied stays itself.
+
+    Args:
+        value: an object; modules in it stay themselves.
+        fn: gives the other tensor.
+        kind: what counts as a tensor.
+    """
     if isinstance(value, _SHARED):
         return value
+    found, shared = inside(value, kind)
     with suppress(Exception):
-        return copy.deepcopy(value, {id(tensor): fn(tensor) for tensor in found})
+        return copy.deepcopy(value, {id(part): fn(part) for part in found} | {id(part): part for part in shared})
     return value
+
+
+def inside(value: Any, kind: Any) -> tuple[list[Any], list[Any]]:
+    """What an object holds of a kind, a few structures deep, and what of a model or of a library."""
+    found, shared, level = [], [], [value]
+    for _ in range(6):
+        level = [r for o in level for r in gc.get_referents(o)]
+        shared += [r for r in level if isinstance(r, _SHARED)]
+        level = [r for r in level if not isinstance(r, _SHARED)]
+        found += [r for r in level if isinstance(r, kind)]
+        if len(level) > 20_000:
+            break
+    return found, shared
 
 
 def clear_caches(left: Iterable[Tensor]) -> None:
