@@ -276,7 +276,7 @@ def test_an_argument_that_was_not_traced_is_refused_in_a_call():
     model, _ = spliced(Unread, "add")
     with pytest.raises(ag.GraphError, match=r"'mask' is .* here, but the forward was lowered for None") as error:
         model(torch.randn(2, 8), mask=torch.ones(8))
-    assert "trace the model with the arguments that it is called with now" in str(error.value)
+    assert "trace the model as it is called and set now, or splice at a module" in str(error.value)
 
 
 @pytest.mark.parametrize("training", [False, True])

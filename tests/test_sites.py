@@ -207,19 +207,12 @@ def test_arguments_that_cannot_be_made_again():
         ag.Graph.from_json(graph.to_json()).compile(model)
 
 
-def test_what_a_cache_keeps_from_being_reached_is_reached_in_a_trace_without_it(traced):
-    case, base, graph = traced("llama")
+@pytest.mark.parametrize("more", [{}, {"use_cache": False}], ids=["cache", "no_cache"])
+def test_an_operation_of_a_forward_that_reads_a_cache(traced, more):
+    case, base, _ = traced("llama")
     at = "model.layers.0.self_attn/transpose_1"
-    with pytest.raises(
-        ag.BadSplice, match="it asks whether 'past_key_values' is None, which is a DynamicCache"
-    ) as caught:
-        graph.splice(at, METHOD).compile()
-    assert str(caught.value).splitlines()[-2:] == [
-        "  to fix      trace without it: for many models, ag.trace(model, …, use_cache=False) leaves out a cache;",
-        "              or splice at a module near it: 'model.layers.0.self_attn'",
-    ]
     args, kwargs = case.args()
-    model = ag.trace(base, *args, **kwargs, use_cache=False).splice(at, METHOD).compile()
+    model = ag.trace(base, *args, **kwargs, **more).splice(at, METHOD).compile()
     body = randomise(model).get_submodule("model.layers.0.self_attn.adapter_transpose_1")
 
     def on_keys(module, args, output):
@@ -234,14 +227,39 @@ def test_what_a_cache_keeps_from_being_reached_is_reached_in_a_trace_without_it(
     with torch.no_grad():
         torch.testing.assert_close(logits(model(*args, **padded)), expected)
 
+
+class Fixed:
+    """An object that cannot be copied."""
+
+    def __init__(self):
+        self.values = torch.ones(4)
+
+    def __deepcopy__(self, memo):
+        raise TypeError
+
+
+def test_an_operation_of_a_forward_that_asks_for_an_object():
     class Takes(Slices):
         def forward(self, x, keep):
             return self.last((self.fc(x) * 2 if keep is not None else x) + 1) + 1
 
-    graph = ag.trace(Takes(), torch.ones(2, 4), object()).splice("/mul", METHOD)
-    with pytest.raises(ag.BadSplice, match="which is a object that cannot be made again") as caught:
-        graph.compile()
-    assert "trace without it" not in str(caught.value)
+    class Optional(Slices):
+        def forward(self, x, keep=None):
+            return self.last((self.fc(x) * 2 if keep is not None else x) + 1) + 1
+
+    x, base = torch.randn(2, 4), Takes()
+    model = ag.trace(base, x, object()).splice("/mul", METHOD).compile()
+    body = randomise(model).get_submodule("adapter_mul")
+    h = base.fc(x) * 2
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x, object()), base.last(h + body.up(torch.relu(body.down(h))) + 1) + 1, rtol=0, atol=0
+        )
+    for cls, advice in ((Takes, False), (Optional, True)):
+        graph = ag.trace(cls(), x, Fixed()).splice("/mul", METHOD)
+        with pytest.raises(ag.BadSplice, match="which is a Fixed that cannot be made again") as caught:
+            graph.compile()
+        assert ("trace without it: for many models, ag.trace(model, …, use_cache=False)" in str(caught.value)) is advice
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n in ("bert", "llama", "gpt2", "t5", "vit")])

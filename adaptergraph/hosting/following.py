@@ -20,6 +20,7 @@ from ..tracing.parts import tensors
 from .program import Unlowered, branches, same
 
 MORE = "_adaptergraph_more"
+_OF_GRADIENTS = ("requires_grad", "grad_fn", "is_leaf")
 
 
 class _Proxy(fx.Proxy):
@@ -27,14 +28,29 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = self.tracer.values[self.node]  # type: ignore[attr-defined]
-        if isinstance(value, Tensor) and name in ("dtype", "ndim", "layout"):
-            if name == "dtype":
-                asked: Any = fx.Proxy.__getattr__(self, name)
-                self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
-            return self.dim() if name == "ndim" else getattr(value, name)
         if value is None:
             raise Unlowered(f"a function that it calls asks for the {name} of {self.node.name!r}, which is None")
-        return super().__getattr__(name)
+        if isinstance(value, Tensor) and name in _OF_GRADIENTS:
+            raise Unlowered(f"it asks {name!r}, which is another one in training")
+        if isinstance(value, Tensor) and name == "ndim":
+            return self.dim()
+        if isinstance(value, Tensor) and name == "layout":
+            return value.layout
+        asked: Any = super().__getattr__(name)
+        if callable(getattr(value, name, None)):
+            return asked
+        if name == "dtype" and self.tracer.fixes_dtypes:  # type: ignore[attr-defined]
+            self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
+            return value.dtype
+        return _Proxy(asked.node, self.tracer)
+
+    def __index__(self) -> int:
+        """A number that a call gives, such as of steps; sizes stay what each call makes them."""
+        value = self.tracer.values[self.node]  # type: ignore[attr-defined]
+        if self.node.op != "placeholder" or type(value) is not int:
+            raise Unlowered("it needs a size as a plain number")
+        self.tracer.checked(self.node, value, f"the argument {self.node.name!r}")  # type: ignore[attr-defined]
+        return value
 
     def dim(self) -> int:
         """The number of dimensions, which no call may change."""
@@ -61,13 +77,25 @@ class _Proxy(fx.Proxy):
         raise Unlowered("it asks for the length of a value")
 
 
+def _in_place(name: str) -> Callable[[_Proxy, Any], _Proxy]:
+    """An operator such as `+=`, which fx would take for `+`."""
+    return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})  # type: ignore[return-value]
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
 class Tracer(fx.Tracer):
     """Follows a forward with stand-ins while it computes what they stand for, and says which operation each call is."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module, values: Mapping[str, Any], fixed: Mapping[str, Any], more: bool) -> None:
+    def __init__(
+        self, module: nn.Module, values: Mapping[str, Any], fixed: Mapping[str, Any], more: bool, fixes_dtypes: bool
+    ) -> None:
         super().__init__()
+        self.fixes_dtypes = fixes_dtypes
         self.given = dict(values)
         self.fixed = fixed
         self.more = more

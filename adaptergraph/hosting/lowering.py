@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 
 from ..tracing.fakes import copy_over
 from ..tracing.parts import tensors
-from .following import MORE, Tracer, is_plain
+from .following import MORE, Tracer
 from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
-from .source import Source, names
+from .settings import Setting, settings_of
+from .source import Source, refuse_catching
 
 # the number that tells operations of one kind apart
 _KIND = re.compile(r"_\d+$")
@@ -60,8 +61,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
     more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
-    read = names(inspect.unwrap(forward), type(module))
-    settings = {n: v for n, v in vars(module).items() if n in read and n != "training" and is_plain(v)}
+    refuse_catching(inspect.unwrap(forward), type(module))
     fixed |= {n: None if values[n] is None else ... for n in source.handed if n in values}
     if any(values.get(n, ...) is not None for n in source.kinds):
         raise Unlowered("it asks for the kind of a value: isinstance or the like")
@@ -82,7 +82,7 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
             ways[left_out] = way.followed({**values, **none}, {**fixed, **none})
         except Unlowered as error:
             ways[left_out] = str(error)
-    return Program(positional, parameters, rest is not None, settings, ways)
+    return Program(positional, parameters, rest is not None, list(way.settings.values()), ways)
 
 
 def _needed(code: Mapping[bool, fx.Graph]) -> list[str]:
@@ -142,6 +142,7 @@ class _Way:
         more: it takes further keyword arguments.
         operations: those to stop at, and the number each is called by.
         traced: all operations of a call of it, in order, when the model was traced.
+        settings: what it read that code has as it was, by place; on all ways that were followed.
     """
 
     module: nn.Module
@@ -149,6 +150,7 @@ class _Way:
     more: bool
     operations: Mapping[str, int]
     traced: Sequence[str]
+    settings: dict[Any, Setting] = field(default_factory=dict)
 
     def followed(self, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[bool, fx.Graph]:
         """The code in eval and in training.
@@ -165,35 +167,29 @@ class _Way:
         try:
             for mode in (False, True):
                 self.module.training = mode
-                with _unchanged(self.module):
-                    graphs[mode] = self._in_mode(values, fixed)
+                graphs[mode] = self._in_mode(values, fixed)
         finally:
             self.module.training = was
         return graphs
 
     def _in_mode(self, values: Mapping[str, Any], fixed: Mapping[str, Any]) -> fx.Graph:
-        module, forward = self.module, self.forward
-        tracer = Tracer(module, values, fixed, self.more)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            try:
-                with _unchanged(module):
-                    expected = forward(module, **_own(values))
-            except Unlowered:
-                raise
-            except Exception as error:
-                raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
-            torch.manual_seed(0)
-            tracer.given = _own(values)
-            try:
-                graph = tracer.follow(module, forward)
-            except Unlowered:
-                raise
-            except Exception as error:
-                why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                raise Unlowered(f"it cannot be followed: {why}") from error
+        given = _own(values)
+        try:
+            with _unchanged(self.module), _at_random():
+                found, expected = settings_of(self.module, lambda: self.forward(self.module, **given))
+        except Unlowered:
+            raise
+        except Exception as error:
+            raise Unlowered(f"it fails on values of the traced shapes: {error}") from error
+        self.settings.update((setting.place, setting) for setting in found)
+        try:
+            tracer, graph = self._follow(values, fixed, fixes_dtypes=False)
+        except Unlowered:
+            # a function may have to know a dtype
+            tracer, graph = self._follow(values, fixed, fixes_dtypes=True)
         output = next(n for n in graph.nodes if n.op == "output")
-        _compare(expected, fx.node.map_arg(output.args[0], lambda n: tracer.values[n]))
+        _refuse_kind(expected)
+        _compare((expected, given), (fx.node.map_arg(output.args[0], lambda n: tracer.values[n]), tracer.given))
         _guard(graph, {n for n, v in tracer.given.items() if v is not None} - set(fixed))
         _hand_on(graph)
         same_as = counterparts(self.traced, list(tracer.operations))
@@ -201,6 +197,27 @@ class _Way:
             _stop(graph, tracer, name, same_as.get(name), slot)
         graph.lint()
         return graph
+
+    def _follow(
+        self, values: Mapping[str, Any], fixed: Mapping[str, Any], fixes_dtypes: bool
+    ) -> tuple[Tracer, fx.Graph]:
+        tracer = Tracer(self.module, _own(values), fixed, self.more, fixes_dtypes)
+        try:
+            with _unchanged(self.module), _at_random():
+                return tracer, tracer.follow(self.module, self.forward)
+        except Unlowered:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise Unlowered(f"it cannot be followed: {why}") from error
+
+
+@contextmanager
+def _at_random() -> Iterator[None]:
+    """Without gradients, and with the same random numbers each time."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def counterparts(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
@@ -233,8 +250,7 @@ def _own(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(expected: Any, found: Any) -> None:
-    """Whether lowered code computes what the module computes, bit for bit."""
-    _refuse_kind(expected)
+    """Whether lowered code computes and writes into its arguments, bit for bit, what the module does."""
     one, two = list(tensors(expected)), list(tensors(found))
     if [p for p, _ in one] != [p for p, _ in two]:
         raise Unlowered("the code returns another structure than it does")

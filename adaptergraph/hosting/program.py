@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from .steps import done
 PLAN = "_adaptergraph_plan"
 # on the swapped class: the module itself, for code that can only name its attributes
 SELF = "_adaptergraph_self"
-AGAIN = "trace the model with the arguments that it is called with now, or splice at a module instead of an operation"
+AGAIN = "trace the model as it is called and set now, or splice at a module instead of an operation"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
@@ -29,6 +30,14 @@ class Unlowered(Exception):
     def __init__(self, why: str, remedy: str = "") -> None:
         super().__init__(why)
         self.remedy = remedy
+
+
+class OtherWay(Exception):
+    """A call would take another way than the one that was lowered: what is another one, what it is, and what it was."""
+
+    def __init__(self, what: str, now: Any, traced: Any) -> None:
+        super().__init__(what, now, traced)
+        self.what, self.now, self.traced = what, now, traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,49 @@ class Parameter:
     default: Any = inspect.Parameter.empty
 
 
+class Missing:
+    """Stands for what is not there."""
+
+    def __repr__(self) -> str:
+        return "not there"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = Missing()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value that lowered code has as it was.
+
+    Attributes:
+        place: how to come to it from the module: names of attributes, and in lists and dicts 1-tuples of a key.
+        value: what it was; `MISSING` for an attribute that was asked for and was not there.
+    """
+
+    place: tuple[Any, ...]
+    value: Any
+
+    def now(self, module: nn.Module) -> Any:
+        """What it is."""
+        value: Any = module
+        for step in self.place:
+            if isinstance(step, tuple):
+                key = step[0]
+                if not (key in value if isinstance(value, dict) else key < len(value)):
+                    return MISSING
+                value = value[key]
+            else:
+                value = getattr(value, step, MISSING)
+        return value
+
+    def __str__(self) -> str:
+        path = "".join(f"[{step[0]!r}]" if isinstance(step, tuple) else f".{step}" for step in self.place)
+        return f"the attribute {path.removeprefix('.')!r}"
+
+
 class Program:
     """The lowered forward of a module, in both modes; equal programs share their functions.
 
@@ -53,7 +105,7 @@ class Program:
         positional: the parameters that may be given by position.
         parameters: all that the code takes, in its order.
         takes_more: further keyword arguments go to the children that the forward gives them to.
-        settings: plain attributes of the module that the code was lowered with.
+        settings: what the code has as it was when it was lowered.
         ways: by the arguments that are None where they were given when it was traced, the code in eval and in training,
             or why there is none.
     """
@@ -63,13 +115,13 @@ class Program:
         positional: tuple[str, ...],
         parameters: tuple[Parameter, ...],
         takes_more: bool,
-        settings: Mapping[str, Any],
+        settings: Sequence[Setting],
         ways: Mapping[tuple[str, ...], Mapping[bool, fx.Graph] | str],
     ) -> None:
         self.positional = positional
         self.parameters = parameters
         self.takes_more = takes_more
-        self.settings = dict(settings)
+        self.settings = settings
         self.ways = dict(ways)
         self.functions = {
             left_out: {mode: _function(graph) for mode, graph in way.items()}
@@ -80,8 +132,33 @@ class Program:
         self.optional = [(places[names[0]], names[0]) for names in ways if len(names) == 1]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        for name, value in self.settings.items():
-            same(module.__dict__.get(name), value, f"the attribute {name!r}")
+        try:
+            self._check(module)
+            flat, more = self._bound(args, kwargs)
+            left_out = tuple(name for place, name in self.optional if flat[place] is None)
+            if left_out not in self.functions:
+                raise self._refused(left_out)
+            return self.functions[left_out][module.training](module, more, *flat)
+        except OtherWay as other:
+            path = module.__dict__[PLAN].path
+            raise GraphError(
+                f"in {path!r}, {other.what} is {_shown(other.now)} here, but the forward was lowered for "
+                f"{_shown(other.traced)}",
+                node=path,
+                hint=AGAIN,
+            ) from None
+
+    def _check(self, module: nn.Module) -> None:
+        """Looks whether all settings are what they were."""
+        state = module.__dict__
+        for setting in self.settings:
+            place, value = setting.place, setting.value
+            now = state[place[0]] if len(place) == 1 and place[0] in state else setting.now(module)
+            if now is not value and _differ(now, value):
+                raise OtherWay(str(setting), now, value)
+
+    def _bound(self, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments in the order of the parameters, and the further ones."""
         if len(args) > len(self.positional):
             raise GraphError(f"{len(args)} arguments by position, where {len(self.positional)} are taken")
         given = dict(zip(self.positional, args, strict=False))
@@ -94,10 +171,7 @@ class Program:
                 raise GraphError(f"the argument {parameter.name!r} is not given")
         if given and not self.takes_more:
             raise GraphError(f"there is no argument {next(iter(given))!r}")
-        left_out = tuple(name for place, name in self.optional if flat[place] is None)
-        if left_out not in self.functions:
-            raise self._refused(left_out)
-        return self.functions[left_out][module.training](module, given, *flat)
+        return flat, given
 
     def _refused(self, left_out: tuple[str, ...]) -> GraphError:
         """Why there is no code for a call without these arguments."""
@@ -153,9 +227,13 @@ def call_with(module: Any, more: Mapping[str, Any], *args: Any, **kwargs: Any) -
 
 
 def same(value: Any, traced: Any, what: str) -> None:
-    """Refuses a call that would take another way through the forward than the one that was lowered."""
-    if (value is None) != (traced is None) or (traced is not None and traced is not ... and value != traced):
-        raise _other_way(value, "a value" if traced is ... else repr(traced), what)
+    """Refuses a call that would take another way through the forward than the one that was lowered.
+
+    Raises:
+        OtherWay: what is another one; `...` stands for any value but None.
+    """
+    if (value is None) != (traced is None) or (traced is not None and traced is not ... and _differ(value, traced)):
+        raise OtherWay(what, value, traced)
 
 
 def branches(value: Any, traced: bool, what: str) -> None:
@@ -164,8 +242,14 @@ def branches(value: Any, traced: bool, what: str) -> None:
     The value may be a symbol of torch.compile, which knows no `!=` of truth values.
     """
     if (not value) if traced else value:
-        raise _other_way(value, str(traced), what)
+        raise OtherWay(what, bool(value), traced)
 
 
-def _other_way(value: Any, traced: str, what: str) -> GraphError:
-    return GraphError(f"{what} is {value!r} here, but the forward was lowered for {traced}", hint=AGAIN)
+def _differ(value: Any, traced: Any) -> bool:
+    return isinstance(value, Tensor) or value != traced
+
+
+def _shown(value: Any) -> str:
+    if value is ...:
+        return "a value"
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else textwrap.shorten(repr(value), 80)

@@ -16,11 +16,11 @@ from torch import nn
 from .program import Unlowered
 
 
-def names(function: types.FunctionType, cls: type) -> set[str]:
-    """The attributes that a function reads, and the methods of a class that it calls.
+def refuse_catching(function: types.FunctionType, cls: type) -> None:
+    """Refuses a forward that calls a method of its class which catches errors.
 
     Raises:
-        Unlowered: one of these methods catches errors.
+        Unlowered: it does.
     """
     waiting, found = [function.__code__], set[str]()
     while waiting:
@@ -35,7 +35,6 @@ def names(function: types.FunctionType, cls: type) -> set[str]:
                 if _catches(method):
                     raise Unlowered(CATCHES)
                 waiting.append(method.__code__)
-    return found
 
 
 CATCHES = "it goes another way where an error is raised, in a `try` block"
