@@ -33,11 +33,7 @@ class Unlowered(Exception):
 
 
 class OtherWay(Exception):
-    """A call would take another way than the one that was lowered: what is another one, what it is, and what it was."""
-
-    def __init__(self, what: str, now: Any, traced: Any) -> None:
-        super().__init__(what, now, traced)
-        self.what, self.now, self.traced = what, now, traced
+    """A call would take another way than the one that was lowered; its args: what is another one, as it is, and was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +136,9 @@ class Program:
                 raise self._refused(left_out)
             return self.functions[left_out][module.training](module, more, *flat)
         except OtherWay as other:
-            path = module.__dict__[PLAN].path
+            path, (what, now, traced) = module.__dict__[PLAN].path, other.args
             raise GraphError(
-                f"in {path!r}, {other.what} is {_shown(other.now)} here, but the forward was lowered for "
-                f"{_shown(other.traced)}",
+                f"in {path!r}, {what} is {_shown(now)} here, but the forward was lowered for {_shown(traced)}",
                 node=path,
                 hint=AGAIN,
             ) from None
