@@ -35,7 +35,7 @@ def settings_of(module: nn.Module, run: Callable[[], Any]) -> tuple[list[Setting
     """
     codes, result = _executed(run)
     # what a class puts around the forwards of its subclasses, as layers that checkpoint themselves do, is around ours
-    codes.discard(vars(hosted_class(type(module)))["forward"].__code__)
+    codes.discard(getattr(vars(hosted_class(type(module)))["forward"], "__code__", None))
     asked = {name for code in codes for name in _asked(code)}
     found = list(_Reader({name for code in codes for name in code.co_names} | asked).on_object(module, (), 0))
     own = set(dir(module))
