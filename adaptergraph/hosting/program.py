@@ -69,7 +69,8 @@ class Setting:
     """A value that lowered code has as it was.
 
     Attributes:
-        place: how to come to it from the module: names of attributes, and in lists and dicts 1-tuples of a key.
+        place: how to come to it from the module: names of attributes, in lists and dicts 1-tuples of a key, and at last
+            perhaps `len` or `type`.
         value: what it was; `MISSING` for an attribute that was asked for and was not there.
     """
 
@@ -85,13 +86,20 @@ class Setting:
                 if not (key in value if isinstance(value, dict) else key < len(value)):
                     return MISSING
                 value = value[key]
+            elif callable(step):
+                value = step(value)
             else:
                 value = getattr(value, step, MISSING)
         return value
 
     def __str__(self) -> str:
-        path = "".join(f"[{step[0]!r}]" if isinstance(step, tuple) else f".{step}" for step in self.place)
-        return f"the attribute {path.removeprefix('.')!r}"
+        path, of = "", ""
+        for step in self.place:
+            if callable(step):
+                of = {len: "the length of ", type: "the kind of "}[step]
+            else:
+                path += f"[{step[0]!r}]" if isinstance(step, tuple) else f".{step}"
+        return f"{of}the attribute {path.removeprefix('.')!r}"
 
 
 class Program:

@@ -11,6 +11,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .hosted import hosted_class
 from .program import MISSING, Setting
 
-_PLAIN = (bool, int, float, str, torch.dtype, torch.device)
+_PLAIN = (bool, int, float, complex, str, bytes, range, Enum, torch.dtype, torch.device)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 # what each module has; its children are looked at by their names
 _OWN = set(vars(nn.Module()))
@@ -97,7 +98,7 @@ class _Reader:
                 yield from self.in_value(state[name], (*place, name), depth)
             elif isinstance(holder, nn.Module) and name in holder._modules:
                 yield from self.in_value(holder._modules[name], (*place, name), depth)
-            elif type(value := inspect.getattr_static(type(holder), name, None)) in _PLAIN:
+            elif isinstance(value := inspect.getattr_static(type(holder), name, None), _PLAIN):
                 yield Setting((*place, name), value)
         if isinstance(holder, nn.ModuleList | nn.Sequential):
             for name, child in holder._modules.items():
@@ -105,12 +106,19 @@ class _Reader:
 
     def in_value(self, value: Any, place: tuple[Any, ...], depth: int) -> Iterator[Setting]:
         """The settings in the value of an attribute."""
-        if value is None or type(value) in (*_PLAIN, *_FUNCTIONS):
+        if value is None or isinstance(value, (*_PLAIN, *_FUNCTIONS)):
             yield Setting(place, value)
-        elif type(value) in (list, tuple, dict):
+        elif isinstance(value, list | tuple | dict):
             if id(value) not in self.seen and depth <= _DEPTH:
                 self.seen.add(id(value))
+                yield Setting((*place, len), len(value))
                 for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                     yield from self.in_value(item, (*place, (key,)), depth + 1)
+        elif isinstance(value, set | frozenset):
+            yield Setting(place, frozenset(value))
+        elif isinstance(value, nn.Module):
+            # called where it stands, whatever it is
+            yield from self.on_object(value, place, depth + 1)
         elif not isinstance(value, Tensor | type | types.ModuleType):
+            yield Setting((*place, type), type(value))
             yield from self.on_object(value, place, depth + 1)
