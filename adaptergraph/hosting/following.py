@@ -149,7 +149,7 @@ class Tracer(fx.Tracer):
         value = self.values[obj.node]
         if not is_plain(value):
             raise Unlowered(f"it branches on what a value is ({obj.node.name})")
-        self.checked(obj.node, bool(value), f"what it branches on ({obj.node.name})", branches)
+        self.checked(obj.node, bool(value), f"what it branches on ({_told(obj.node)})", branches)
         return bool(value)
 
     def create_node(
@@ -193,6 +193,24 @@ class Tracer(fx.Tracer):
         self.running = True
         self.create_node("call_function", check, (node, value, what), {})
         self.running = before
+
+
+_SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+
+def _told(value: Any) -> str:
+    """A value as the forward may have written it."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    args = [_told(arg) for arg in value.args]
+    if value.target is getattr:
+        return f"{args[0]}.{value.args[1]}"
+    if value.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
+    if value.op == "call_method":
+        return f"{args[0]}.{value.target}({', '.join(args[1:])})"
+    name = getattr(value.target, "__name__", "")
+    return f"{args[0]} {_SIGNS[name]} {args[1]}" if name in _SIGNS and len(args) == 2 else value.name
 
 
 class _Named(TorchFunctionMode):
