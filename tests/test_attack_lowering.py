@@ -275,7 +275,11 @@ def test_an_operation_on_a_buffer_is_counted_and_follows_the_buffer():
         (Loop, lambda m: m(torch.randn(2, 7, 8)), "the length of unbind is 7 here, but the forward was lowered for 5"),
         (Rank, lambda m: m(torch.randn(5, 8)), "the number of dimensions of x is 2 here"),
         (Setting, lambda m: (setattr(m[0], "sign", -1.0), m(torch.ones(2, 5, 8))), "the attribute 'sign' is -1.0 here"),
-        (Away, lambda m: m.to("meta")(torch.ones(2, 5, 8, device="meta")), r"what it branches on \(.* == .*\) is False here"),
+        (
+            Away,
+            lambda m: m.to("meta")(torch.ones(2, 5, 8, device="meta")),
+            r"what it branches on \(.* == .*\) is False here",
+        ),
         (Fast, lambda m: m.to("meta")(torch.ones(2, 5, 8, device="meta")), " is True here, but the forward"),
     ],
 )

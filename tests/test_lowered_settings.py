@@ -249,6 +249,40 @@ def test_operators_that_write_in_place(cls):
     assert torch.equal(found, wanted)
 
 
+class Slices(InPlace):
+    """Writes into slices of what it computed."""
+
+    def forward(self, x):
+        h = self.body(self.a(x) * 2)
+        h[:, 0] = 0
+        h[..., 1:3] += x[..., :2]
+        return self.b(h).tanh() + h
+
+
+class After(InPlace):
+    """What comes after it has a body."""
+
+    def forward(self, x):
+        h = self.a(x)
+        h[:, 0] = x[:, 1]
+        h = self.body(h * 2)
+        return self.b(h) * h
+
+
+@pytest.mark.parametrize("cls", [Slices, After])
+def test_slices_that_are_written(cls):
+    base = Goes(cls()).eval().requires_grad_(False)
+    model = byhand.randomise(ag.trace(base, torch.randn(3, 5, 8)).splice("inner/mul", BODY).compile())
+    body, x = byhand.Body(model.inner.adapter_mul), torch.randn(4, 6, 8)
+    base.inner.body = lambda h: body(h, None)
+    found, wanted = model(x), base(x)
+    assert torch.equal(found, wanted)
+    found.pow(2).sum().backward()
+    wanted.pow(2).sum().backward()
+    for mine, hand in zip(model.inner.adapter_mul.parameters(), body.values(), strict=True):
+        assert torch.equal(mine.grad, hand.grad)
+
+
 class Cast(InPlace):
     """Asks for a dtype to go back to it."""
 

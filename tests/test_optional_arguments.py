@@ -146,7 +146,8 @@ def test_attention_with_a_cache_and_without(llama):
     found = model(input_ids=IDS[:, :2], attention_mask=more, past_key_values=last[0].past_key_values).logits
     assert torch.equal(found, wanted)
     with pytest.raises(
-        ag.GraphError, match=r"what it branches on \(.*\.shape\[2\] > 1\) is (True|False) here, but the forward was lowered"
+        ag.GraphError,
+        match=r"what it branches on \(.*\.shape\[2\] > 1\) is (True|False) here, but the forward was lowered",
     ):
         model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, use_cache=True)
 

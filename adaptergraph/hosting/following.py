@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..axes import op_name
 from ..tracing.memory import version
 from ..tracing.parts import tensors
-from .program import Unlowered, branches, same
+from .program import Other, Unlowered, branches, kind_of, same
 
 MORE = "_adaptergraph_more"
 _OF_GRADIENTS = ("requires_grad", "grad_fn", "is_leaf")
@@ -43,6 +43,22 @@ class _Proxy(fx.Proxy):
             self.tracer.checked(asked.node, value.dtype, f"{self.node.name}.dtype")  # type: ignore[attr-defined]
             return value.dtype
         return _Proxy(asked.node, self.tracer)
+
+    def _kind(self) -> type:
+        """What `isinstance` sees: of an object, such as a cache, its own class, which no call may change."""
+        value = self.tracer.values.get(self.node)  # type: ignore[attr-defined]
+        if not is_object(value):
+            return _Proxy
+        if self.node not in self.tracer.kinds:  # type: ignore[attr-defined]
+            self.tracer.kinds.add(self.node)  # type: ignore[attr-defined]
+            asked: Any = self.tracer.create_proxy("call_function", kind_of, (self,), {})
+            self.tracer.checked(asked.node, kind_of(value), f"the kind of {_told(self.node)!r}")  # type: ignore[attr-defined]
+        return type(value)
+
+    __class__ = property(_kind)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __index__(self) -> int:
         """A number that a call gives, such as of steps; sizes stay what each call makes them."""
@@ -102,6 +118,8 @@ class Tracer(fx.Tracer):
         self.values: dict[fx.Node, Any] = {}
         self.operations: dict[str, fx.Node] = {}
         self.changed: set[fx.Node] = set()
+        # objects whose kind the code checks
+        self.kinds: set[fx.Node] = set()
         self.counts: dict[str, int] = {}
         self.thread = threading.get_ident()
         self.running = False
@@ -258,6 +276,11 @@ def _context() -> tuple[Any, ...]:
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nesting
+
+
+def is_object(value: Any) -> bool:
+    """Whether this is neither a tensor nor a plain value nor a structure of these."""
+    return not (is_plain(value) or isinstance(value, Tensor | tuple | list | dict | Other) or callable(value))
 
 
 def is_plain(value: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from ..tracing.fakes import copy_over
 from ..tracing.parts import tensors
-from .following import MORE, Tracer
+from .following import MORE, Tracer, is_object
 from .program import SELF, Other, Parameter, Program, Unlowered, at_operation, call_with, same
 from .settings import Setting, settings_of
 from .source import Source, refuse_catching
@@ -63,9 +63,10 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
     fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
     refuse_catching(inspect.unwrap(forward), type(module))
     fixed |= {n: None if values[n] is None else ... for n in source.handed if n in values}
-    if any(values.get(n, ...) is not None for n in source.kinds):
+    known = {n for n in source.kinds if n in values and (values[n] is None or is_object(values[n]))}
+    if set(source.kinds) - known:
         raise Unlowered("it asks for the kind of a value: isinstance or the like")
-    fixed |= dict.fromkeys(source.kinds)
+    fixed |= {n: None if values[n] is None else ... for n in known}
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
     values |= more

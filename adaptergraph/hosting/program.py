@@ -239,6 +239,11 @@ def same(value: Any, traced: Any, what: str) -> None:
         raise OtherWay(what, value, traced)
 
 
+def kind_of(value: Any) -> str:
+    """The class of a value, as code can write it down."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def branches(value: Any, traced: bool, what: str) -> None:
     """Refuses a call that would take the other branch.
 
