@@ -45,7 +45,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Args:
         model: any module; it is run once, in eval mode, on fake tensors, and left exactly as it was. While that takes
             its parameters are fake ones: no other thread may run it then.
-        args, kwargs: what its forward takes, for example a tokenized sentence. Only shapes and dtypes matter.
+        args, kwargs: what its forward takes, for example a tokenized sentence. Of tensors only shapes and dtypes matter,
+            unless the forward looks at their values. The graph has what runs in eval with these arguments: a module that
+            is called only while training, or where an `if` takes its other way, is none of it.
 
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
@@ -187,6 +189,8 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         hint = "arguments by name need two stars: ag.trace(model, **batch)"
     elif not any(True for _ in tensors((args, kwargs))):
         hint = "there is no tensor among them: give what model(…) takes, for example what a tokenizer returns"
+    elif len(given) == len(args) == 1 and isinstance(args[0], list | tuple):
+        hint = "several arguments need a star: ag.trace(model, *batch); by name two: ag.trace(model, **batch)"
     return GraphError(
         f"the forward of {cls} fails with these arguments",
         sides=[*rows, *place, ("it raises", f"{type(error).__name__}: {text[0] if text else ''}")],
@@ -196,7 +200,19 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
 
 
 def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else _short(value)
+
+
+def _short(value: Any) -> str:
+    """A value on one line; of tensors in a list or dict only their shapes."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)} {value.dtype}>"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_short, value[:4])) + ", …" * (len(value) > 4)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in value.items()) + "}"
+    return " ".join(repr(value).split())[:60]
 
 
 # ---------------------------------------------------------------------- running the model once
@@ -234,8 +250,10 @@ def _attempt(
         recorder.failed = None
         part: BaseException | None = error
         while part is not None:
-            # the frames of a traceback hold tensors of the run
+            # the frames of a traceback hold tensors of the run, and so does the object that lacks an attribute
             part.__traceback__ = None
+            if isinstance(part, AttributeError):
+                part.obj = None
             part = part.__cause__ or part.__context__
     _clear_caches(recorder.forget(), model)
     return None if failed else recorder
