@@ -45,9 +45,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Args:
         model: any module; it is run once, in eval mode, on fake tensors, and left exactly as it was. While that takes
             its parameters are fake ones: no other thread may run it then.
-        args, kwargs: what its forward takes, for example a tokenized sentence. Of tensors only shapes and dtypes matter,
-            unless the forward looks at their values. The graph has what runs in eval with these arguments: a module that
-            is called only while training, or where an `if` takes its other way, is none of it.
+        args, kwargs: what its forward takes, for example a tokenized sentence. Of tensors only shapes and dtypes
+            matter, unless the forward looks at their values. The graph has what runs in eval with these arguments: a
+            module that is called only while training, or where an `if` takes its other way, is none of it.
 
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
