@@ -8,14 +8,15 @@ from itertools import pairwise
 
 from ..bodies import Body
 from ..graph import Graph
-from .boxes import ADDS, Boxes, Draft
+from .boxes import Boxes, Draft, sign_of
 from .data import Box
 from .outline import Item, Outline
 from .runs import Run
 
-_SIGNS = {**dict.fromkeys(ADDS, "+"), "mul": "×", "mul_": "×", "multiply": "×", "sub": "−", "subtract": "−"}
 # a longer path is shortened to its last two parts where it stands below a title
 _LONG = 26
+# of more kinds of operations in one box only the number is shown
+_KINDS = 3
 
 
 class Describe:
@@ -65,7 +66,8 @@ class Describe:
             names = [p for n in draft.nodes for p in self.boxes.outline.params_of.get(n, ())]
             return " · ".join(relative(name, draft.item.path) for name in names)
         if draft.kind == "join":
-            return _SIGNS.get(self._joined(draft), self._joined(draft).strip("_"))
+            kinds = dict.fromkeys(map(sign_of, draft.joins or [self._joined(draft)]))
+            return " · ".join(kinds) if len(kinds) <= _KINDS else f"{len(draft.joins)} operations"
         body = self.graph.bodies.get(draft.name)
         return tail(body) if body is not None and draft.item.body and not draft.each else path
 
