@@ -10,7 +10,7 @@ import gc
 import re
 import weakref
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, here
-from ..features import last_without_convolutions
 from ..graph import Graph, leaves
 from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
@@ -371,9 +370,12 @@ class _Finish:
         self.readers: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.parts: dict[tuple[Record, Any], str] = {}
+        self.without: set[tuple[Record, Any]] = set()
 
     def graph(self) -> Graph:
-        self.recorder.axes.settle()
+        axes = self.recorder.axes
+        axes.settle()
+        self.without = axes.assume_last() if not axes.convolutions else set()
         own: dict[str, dict[str, Param]] = {}
         params: dict[str, Param] = {}
         tied: dict[str, str] = {}
@@ -417,9 +419,7 @@ class _Finish:
             given=self.given,
             host=self.model,
         )
-        convolutions = {record.final().name for record, _ in self.recorder.axes.convolutions}
-        nodes = last_without_convolutions(self.nodes, convolutions)
-        return Graph._of(nodes=nodes, outputs=outputs, imported=imported).check()
+        return Graph._of(nodes=self.nodes, outputs=outputs, imported=imported).check()
 
     def name(self, record: Record) -> None:
         if record.kind == "module":
@@ -435,10 +435,16 @@ class _Finish:
         name = record.name or type(self.model).__name__
         record.name = name
         shape, dtype = (None, None) if record.silent else record.outs[record.main]
-        axis = self.recorder.axes.known.get((record, record.main))
+        axis = self.axis(record, record.main, shape)
         self.nodes[name] = Node(record.op, inputs, name, shape, dtype, params=params, axis=axis)
         if record.kind != "input":
             self.scopes[name] = record.scope
+
+    def axis(self, record: Record, key: Any, shape: Sequence[int] | None) -> int | None:
+        """Where a value has its features: without convolutions in the last dimension, unless it has none."""
+        axes = self.recorder.axes
+        last = shape and not axes.convolutions and (record, key) not in self.without
+        return axes.known.get((record, key), -1 if last else None)
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
@@ -458,7 +464,7 @@ class _Finish:
             # two operations of one name, inside one node
             label += "_"
         shape, dtype = record.outs[key]
-        axis = self.recorder.axes.known.get((record, key))
+        axis = self.axis(record, key, shape)
         self.nodes[label] = Node("output", (final.name,), label, shape, dtype, axis=axis)
         self.scopes[label] = final.scope
         return label
