@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from ..bodies import Body
 from ..graph import Graph
+from ..methods.base import METHODS
+from ..names import body_name
 from .boxes import Boxes, Draft, sign_of
 from .data import Box
 from .outline import Item, Outline
@@ -27,6 +29,8 @@ class Describe:
         self.boxes = boxes
         self.marked = marked
         self.tied = self._tied()
+        made = [(body_name(host, s.name), type(s.method)) for s in graph.splices for host in s.hosts]
+        self.methods = {name: cls.__name__ for name, cls in made if METHODS.get(cls.__name__) is cls}
 
     def box(self, draft: Draft, frame: Run | Item | None, singles: Sequence[Run | Item]) -> Box:
         """The box as plain data.
@@ -96,7 +100,7 @@ class Describe:
         if draft.kind in ("input", "join"):
             return ""
         if draft.item.body and not draft.each:
-            return f"{len(draft.nodes)} nodes"
+            return " · ".join(filter(None, (self.methods.get(draft.name), f"{len(draft.nodes)} nodes")))
         if len(draft.nodes) == 1:
             params = list(self.graph._nodes[draft.nodes[0]].params.values())
             if len(params) == 1 and len(params[0].shape) > 1:
