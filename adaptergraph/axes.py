@@ -32,6 +32,8 @@ class Axes:
         self.known: dict[Key, int] = {}
         # values of which nothing is known, what was made of them, and how their dimensions moved
         self.links: list[tuple[Key, Key, Way]] = []
+        # products of values: how many links there were before, what was made, and of what
+        self.products: list[tuple[int, Key, Sequence[tuple[Key, Way]]]] = []
         self.asked: dict[Key, set[int]] = {}
         # the first value of each convolution
         self.convolutions: list[Key] = []
@@ -85,6 +87,33 @@ class Axes:
                 if moved is not None:
                     waiting.append((other, moved))
         self.known.update((value, next(iter(axes))) for value, axes in found.items() if len(axes) == 1)
+
+    def product(self, result: Key, factors: Sequence[tuple[Key, Way]]) -> None:
+        """A value was made of several, with the dimensions of each that are still there; nobody knows the features."""
+        if all(key is not None for key, _ in factors):
+            self.products.append((len(self.links), result, factors))
+
+    def assume_last(self) -> set[Key]:
+        """Lets values of which nobody told have their features last, and follows these from there.
+
+        Returns:
+            what has no features: products that sum up those of all factors, such as the scores of attention, and what
+            was made of one.
+        """
+        events = [*self.products, *((n, result, [(source, way)]) for n, (source, result, way) in enumerate(self.links))]
+        made: dict[Key, list[tuple[Key, Way]]] = {}
+        for _, result, factors in sorted(events, key=lambda event: event[0]):
+            made.setdefault(result, []).extend(factors)
+        products, without = {result for _, result, _ in self.products}, set[Key]()
+        for result, factors in made.items():
+            given = [(self.known.get(key, -1), way) for key, way in factors if key not in without]
+            left = {axis if way is None else way[axis] for axis, way in given} - {None}
+            lost = not left if result in products else len(given) < len(factors)
+            if result not in self.known and lost:
+                without.add(result)
+            elif result not in self.known and len(left) == 1:
+                self.known[result] = left.pop()  # type: ignore[assignment]
+        return without
 
 
 class Following(TorchFunctionMode):
@@ -469,6 +498,9 @@ def _product(first: int, event: _Event) -> None:
         found = {-2}
     if len(found) == 1:
         event.says(found.pop())
+    elif not found:
+        left = [*range(-a.dim(), -1), None], [*range(-b.dim(), -2), None, -1]
+        event.axes.product(event.outs[0][0], [(event.key(a), left[0]), (event.key(b), left[1])])
 
 
 def _einsum(event: _Event) -> None:
@@ -487,6 +519,9 @@ def _einsum(event: _Event) -> None:
         left = (set(weights) & set(result)) - set(values)
     if len(left) == 1:
         event.says(result.index(left.pop()) - len(result))
+    elif not left:
+        ways = [[result.find(c) - len(result) if c in result else None for c in word] for word in words]
+        event.axes.product(event.outs[0][0], [(event.key(t), way) for t, way in zip(operands, ways, strict=True)])
 
 
 # ---------------------------------------------------------------------- the table

@@ -36,6 +36,11 @@ def task(model: nn.Module, task: str | Sequence[str]) -> AbstractContextManager[
     `torch.compile` are not looked at). `contextlib.contextmanager` may wrap a block, and a generator or coroutine that
     returns may leave one open for its caller (`stack.enter_context`).
 
+    Under `torch.compile` a block around the call compiles nothing again, whichever task or rows it chooses, as long as
+    the branches are equal in shape; each further shape of a single task compiles once, while rows are one program
+    whatever the shapes are. `task=` in the call itself is a constant of the program: each task and each list compiles
+    once more, and torch stops at its limit of eight. So there use a block.
+
     Args:
         model: a compiled model with a `Switch`.
         task: the name of a task, or a list of names as long as the batch.

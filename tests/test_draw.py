@@ -250,6 +250,27 @@ def test_marked_boxes_have_a_dark_border(bert):
     assert marked == ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.2.attention.self.query"]
 
 
+def test_residuals_have_room_below_the_words_of_any_frame(bert, tmp_path):
+    plain = bert.unsplice()
+    plain.select("bert.encoder.layer.1.**.dense").draw(tmp_path / "block.dot")
+    for text in (plain.dot(), (tmp_path / "block.dot").read_text()):
+        captions = [line for line in text.splitlines() if "labelloc=t, labeljust=l, label=<<TABLE" in line]
+        assert captions
+        assert all('<TD HEIGHT="20"></TD>' in line for line in captions)
+    # where the picture goes down, they are drawn at the side
+    assert 'HEIGHT="20"' not in bert.dot(open=("bert.encoder.layer.1",))
+
+
+def test_a_body_that_is_no_chain_says_its_method(bert):
+    graph = bert.unsplice().splice(
+        "bert.encoder.layer.3.output.dense", ag.Switch({"a": ag.Bottleneck(2), "b": ag.Bottleneck(2)})
+    )
+    graph = graph.splice("bert.pooler.dense", lambda site: site.output + ag.tanh(ag.dense(site.output, 32)), name="own")
+    assert "+ adapter<br/>Switch · 9 nodes<br/>" in graph.mermaid()
+    assert re.search(r"output\.dense\.adapter +Switch · 9 nodes", str(graph.summary()))
+    assert "+ own<br/>" in graph.mermaid()
+
+
 def test_a_selection_draws_itself(bert, tmp_path):
     path = bert.select("**.pooler").draw(tmp_path / "selection.dot")
     assert 'BORDER="4" COLOR="#1F2933"' in node_lines(path.read_text())["bert.pooler"]

@@ -367,6 +367,46 @@ def test_without_convolutions_it_is_the_last():
     assert graph["r"].axis == -1
 
 
+class Attending(nn.Module):
+    """Attention by hand: with one head, with two, or said in letters."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.how, self.drop = how, nn.Dropout(0.1)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.how != "one head":
+            q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        if self.how == "letters":
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
+        elif self.how == "added":
+            scores = torch.baddbmm(torch.zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (-1, 2))
+        else:
+            scores = q @ k.transpose(-1, -2)
+        scores = self.drop((scores / 2 + scores.new_ones(scores.shape)).softmax(-1))
+        h = torch.einsum("...qk,...kd->...qd", scores, v) if self.how == "letters" else scores @ v
+        return self.o(h if self.how == "one head" else h.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("how", ["one head", "heads", "letters", "added"])
+def test_scores_of_attention_have_no_features(how):
+    graph, longer = (ag.trace(nn.Sequential(Attending(how)), torch.randn(2, n, 8)) for n in (5, 7))
+    assert list(graph) == list(longer)
+    for one, other in zip(graph.nodes(), longer.nodes(), strict=True):
+        if one.axis is not None and one.op not in ("zeros", "new_ones"):
+            assert one.shape[one.axis] == other.shape[other.axis], one.name
+    scores = [n for n in graph if graph[n].shape[-2:] == (5, 5) and graph[n].op != "new_ones"]
+    assert {graph[n].axis for n in scores} == {None}
+    assert {graph[n].axis for n in graph if graph[n].op in ("transpose", "mT") and graph[n].shape[-1] == 5} <= {-2}
+    for at in ("0/softmax", "0.drop"):
+        with pytest.raises(ag.ShapeMismatch, match=f"it is not known which dimension of '{at}' holds its features"):
+            graph.splice(at, ag.Bottleneck(4))
+    model = randomise(graph.splice("**.{q,k,v,o}", ag.Bottleneck(4)).compile(), 1.0).eval()
+    assert model(torch.randn(3, 9, 8)).shape == (3, 9, 8)
+
+
 def test_files_keep_it():
     base = Written(
         lambda s, x: (s.r(torch.cdist(s.c(x).flatten(2), s.c(x).flatten(2))), s.d(x)), c=conv(), d=conv(), r=nn.ReLU()

@@ -183,10 +183,10 @@ def test_the_fused_path_of_an_encoder_skips_no_body(traced, at, padded, grad):
             expected = hand(x, src_key_padding_mask=mask)
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    shown = ~mask if padded else torch.ones(2, 5, dtype=torch.bool)
-    assert torch.allclose(out[shown], expected[shown], atol=1e-5)
+    # at padded positions too, where an encoder that packs its input leaves zeros
+    assert torch.allclose(out, expected, atol=1e-5)
     if grad:
-        out[shown].sum().backward()
+        out.sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

@@ -249,6 +249,32 @@ def test_a_part_called_by_itself():
     refused(lambda: twice.layers[1](torch.randn(2, 16)), "a body reads 'layers.0.", "not computed in this forward")
 
 
+class Skipping(nn.Module):
+    """Leaves its first layer out where it is told to, as layerdrop does at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.skips = False
+
+    def forward(self, x):
+        for layer in self.layers[self.skips :]:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_layer_that_is_read_and_skipped():
+    x = torch.randn(2, WIDTH)
+    graph = ag.trace(Skipping(), x)
+    model = graph.splice("layers.1", lambda site: site.output + site.graph["layers.0"]).compile()
+    model(x)
+    model.skips = True
+    refused(lambda: model(x), "a body reads 'layers.0'", "its module was not called this time", "layerdrop")
+    model.skips = False
+    model(x)
+    refused(lambda: model.layers[1](x), "a body reads 'layers.0'", "to fix      call the model as a whole")
+
+
 class Repeating(nn.Module):
     """Calls its layer as often as it is told to."""
 

@@ -996,7 +996,7 @@ SPLICES = [
         lambda: traced().splice("idle", ag.Bottleneck(2)),
         B,
         "'idle' (Linear) is never called: a body there would never run",
-        ANY,
+        "narrow the pattern; or trace with arguments that make the model call it",
     ),
     (
         lambda: unread("lstm"),
@@ -1062,7 +1062,7 @@ SPLICES = [
         lambda: ag.trace(nn.Linear(8, 8), torch.ones(1, 8)).splice("Linear", ag.Bottleneck(2)),
         B,
         "'Linear' is the model itself: bodies are added at modules inside it",
-        "trace it inside another module: nn.Sequential(model)",
+        "trace it inside another module, nn.Sequential(model), and splice at '0'",
     ),
     (
         lambda: traced().select("{fc,othr,aside}"),

@@ -507,6 +507,30 @@ def test_changing_the_task_does_not_compile_again(how):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("said", ["in a block", "in the call"])
+def test_what_compiles_again(said):
+    """What the docs say: shapes of branches, not rows; and each choice that is given by the call."""
+    model = randomise(declared({"a": B(2), "b": B(3), "c": B(2)}).compile())
+
+    def compilations(choices):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        for choice in choices * 2:
+            if said == "in the call":
+                got = compiled(batch(), task=choice)
+            else:
+                with ag.task(model, choice):
+                    got = compiled(batch())
+            torch.testing.assert_close(got, model(batch(), task=choice), rtol=1e-6, atol=1e-6)
+        return counter.frame_count
+
+    rows = [list(names) for names in ("abca", "bbbb", "ccab", "aaaa")]
+    assert compilations(["a", "c"]) == (1 if said == "in a block" else 2)
+    assert compilations(["a", "b", "c"]) == (2 if said == "in a block" else 3)
+    assert compilations(rows) == (1 if said == "in a block" else 4)
+
+
 def test_a_live_model_compiles_once_for_all_tasks(traced):
     tasks = [f"t{i}" for i in range(10)]
     case, _, graph = traced("bert")

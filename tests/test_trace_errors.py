@@ -132,6 +132,16 @@ def test_a_forward_that_fails_by_itself():
         ((), {}, ["TypeError", "missing a required argument: 'x'", "there is no tensor among them"]),
         ((torch.ones(2, 4),), {"y": 1}, ["argument y   1", "unexpected keyword argument 'y'"]),
         (({"x": torch.ones(2, 4)},), {}, ["arguments by name need two stars: ag.trace(model, **batch)"]),
+        (
+            ([torch.ones(2, 4)],),
+            {},
+            ["argument 0   [<(2, 4) torch.float32>]", "several arguments need a star: ag.trace("],
+        ),
+        (
+            ((torch.ones(2, 4),),),
+            {},
+            ["argument 0   (<(2, 4) torch.float32>,)", "by name two: ag.trace(model, **batch)"],
+        ),
         (("hello",), {}, ["argument 0   'hello'", "there is no tensor among them", "tokenizer"]),
         (([[1.0, 2.0]],), {}, ["argument 0   [[1.0, 2.0]]", "there is no tensor among them"]),
     ],
@@ -141,6 +151,34 @@ def test_wrong_example_inputs(args, kwargs, parts):
     assert text.startswith("the forward of Outer fails with these arguments")
     for part in parts:
         assert part in text
+
+
+class Asking(nn.Module):
+    """Asks what it is given for its size before anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        rows = x.size(0)
+        return self.fc(x) * rows
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"x": torch.ones(2, 4)}, "arguments by name need two stars: ag.trace(model, **batch)"),
+        ([torch.ones(2, 4)], "several arguments need a star: ag.trace(model, *batch)"),
+        ((torch.ones(2, 4),), "several arguments need a star: ag.trace(model, *batch)"),
+    ],
+    ids=["dict", "list", "tuple"],
+)
+def test_a_batch_without_its_stars(given, hint):
+    text = lines(Asking(), given)
+    assert text.startswith("the forward of Asking fails with these arguments")
+    assert f"AttributeError: '{type(given).__name__}' object has no attribute 'size'" in text
+    assert hint in text
 
 
 def test_arguments_on_another_device_than_the_model():

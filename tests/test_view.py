@@ -316,7 +316,55 @@ def test_operations_that_join_values_are_shown_once(traced):
     (frame,) = [f for f in frames(check(graph)) if f.kind == "run"]
     joins = [b for b in check(graph).boxes() if b.kind == "join"]
     assert frame.count == 2
-    assert [b.title for b in joins] == ["scaled_dot_product_attention", "+"]
+    # q and k are multiplied by the same cosines and sines
+    assert [b.title for b in joins] == ["×", "×", "scaled_dot_product_attention", "+"]
+
+
+class Joining(nn.Module):
+    """Four linear layers whose values are put together in some way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.how = how
+
+    def forward(self, x):
+        a, b, c = self.a(x), self.b(x), self.c(x)
+        if self.how == "attention":
+            b = (a @ b.transpose(-1, -2)).softmax(-1) @ c
+            return self.d(x + b), b
+        if self.how == "loop":
+            for _ in range(6):
+                x = torch.tanh(x * a + b) @ c
+            return self.d(x), b
+        b = a * b if self.how == "product" else torch.relu(a + b)
+        c = b + c
+        return self.d(c), b if self.how != "sum of three" else c
+
+
+@pytest.mark.parametrize(
+    ("how", "signs", "reads"),
+    [
+        ("product", ["×", "+"], {"×": "ab", "+": "×c", "0 →": "d", "1 →": "×"}),
+        ("sum of three", ["+"], {"+": "abc", "0 →": "d", "1 →": "+"}),
+        # the first of two sums is returned: it leaves where it is taken
+        ("two sums", ["+", "+"], {"0 →": "d"}),
+        ("attention", ["matmul", "+"], {"matmul": "abc", "+": ["x", "matmul"], "0 →": "d", "1 →": ["matmul"]}),
+        ("loop", ["× · + · matmul"], {"× · + · matmul": "xabc", "0 →": "d", "1 →": "b"}),
+    ],
+)
+def test_each_kind_of_operation_that_joins_values_has_its_sign(how, signs, reads):
+    graph = ag.trace(Joining(how), torch.randn(8, 8)).splice("d", ag.Bottleneck(2))
+    shown = check(graph)
+    titles = {b.name: b.title for b in shown.boxes()}
+    assert [b.title for b in shown.boxes() if b.kind == "join"] == signs
+    for target, sources in reads.items():
+        sources = {"d.adapter" if s == "d" else s for s in sources}
+        found = {s for s, t in links(shown) if target in (t, titles[t])}
+        assert {s if s in sources else titles[s] for s in found} == sources, target
+    if how == "two sums":
+        first, second = (b.name for b in shown.boxes() if b.kind == "join")
+        assert {(first, "1 →"), (first, second), ("a", first), ("b", first), ("c", second)} <= links(shown)
 
 
 @pytest.mark.parametrize("mark", [(), ("model.layers.0.self_attn/mul",)])

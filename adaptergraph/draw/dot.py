@@ -18,6 +18,8 @@ _GREY, _DARK, _TEXT, _FAINT, _BROWN, _BLACK = "#B4C0CC", "#1F2933", "#475462", "
 _FONT = 'fontname="Helvetica,Arial,sans-serif"'
 _BARE = 'BORDER="0" CELLBORDER="0" CELLSPACING="0"'
 _TITLE_WIDTH = 18
+# below the words of a frame in which residuals go past something: they are drawn there
+_ROOM = '<TR><TD HEIGHT="20"></TD></TR>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ class _Digraph:
 
     def _caption(self, frame: Frame) -> str:
         if frame.kind != "run":
-            return _open_caption(frame)
+            return _open_caption(frame, past=frame.name in self.past and not self.tall)
         frozen, trained = holds(frame.sums, frame.count)
         words = [
             _font(" " + frame.title, 13, _DARK, bold=True),
@@ -174,9 +176,7 @@ class _Digraph:
             below = "".join(f'<TR><TD ALIGN="LEFT" COLSPAN="2">{word}</TD></TR>' for word in words[1:] if word)
             return _table(f'<TR>{pill}<TD ALIGN="LEFT">{words[0]}</TD></TR>{below}', "3")
         cells = "".join(f"<TD>{word}</TD>" for word in words if word)
-        # room below the words: residuals are drawn there
-        room = '<TR><TD HEIGHT="20"></TD></TR>' if frame.name in self.past else ""
-        return _table(f"<TR>{pill}{cells}</TR>{room}", "3")
+        return _table(f"<TR>{pill}{cells}</TR>{_ROOM if frame.name in self.past else ''}", "3")
 
     # ------------------------------------------------------------------ links
 
@@ -335,12 +335,12 @@ def _label(box: Box) -> str:
     return _table("".join(map(_row, lines)), "2")
 
 
-def _open_caption(frame: Frame) -> str:
+def _open_caption(frame: Frame, past: bool) -> str:
     lines = [_font(("+ " if frame.added else "") + frame.title, 13, _BROWN if frame.added else _DARK, bold=True)]
     frozen, trained = holds(frame.sums)
     lines += [_font(frozen, 11, _TEXT)] if frozen else []
     lines += [_font(trained, 11, _BROWN)] if trained else []
-    return _table("".join(f'<TR><TD ALIGN="LEFT">{line}</TD></TR>' for line in lines), "1")
+    return _table("".join(f'<TR><TD ALIGN="LEFT">{line}</TD></TR>' for line in lines) + (_ROOM if past else ""), "1")
 
 
 def _stack(name: str) -> Iterable[str]:

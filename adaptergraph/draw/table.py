@@ -121,7 +121,7 @@ def _row(box: Box, around: str) -> _Line:
 
 def _what(box: Box) -> str:
     """The op, with its sizes if there is room."""
-    if "→" not in box.detail:
+    if "→" not in box.detail and not (box.added and box.op == "body"):
         return box.detail if box.detail.startswith(box.op) else box.op
     both = f"{box.op} {box.detail}"
     return box.detail if (box.added and box.op == "body") or len(both) > _LIMITS[0] else both

@@ -105,11 +105,7 @@ def read(token: Token | None, key: Key) -> Tensor:
     """
     frame = find(token, key.hops)
     if frame is None or key.number not in frame.values:
-        raise GraphError(
-            f"a body reads {key.name!r}, which was not computed in this forward",
-            node=key.name,
-            hint="call the model as a whole: a part that is called by itself has only its own values",
-        )
+        raise _not_computed(key, frame is not None)
     value = frame.values[key.number]
     # what a reentrant checkpoint returns was computed without gradients, and has them all the same; what differs from
     # layer to layer is asked last, so that compiled code of one layer serves the others
@@ -122,6 +118,19 @@ def read(token: Token | None, key: Key) -> Tensor:
             hint="checkpoint with use_reentrant=False, and compute what is trained with gradients",
         )
     return value
+
+
+def _not_computed(key: Key, running: bool) -> GraphError:
+    """A value is missing: in a forward that did not come to it, or where no forward of all that it needs is running."""
+    whole = "call the model as a whole: a part that is called by itself has only its own values"
+    skipped = (
+        "its module was not called this time: set what skips layers at random while training (layerdrop, stochastic "
+    )
+    return GraphError(
+        f"a body reads {key.name!r}, which was not computed in this forward",
+        node=key.name,
+        hint=f"{skipped}depth) to 0;\nif it was called by itself before, {whole}" if running else whole,
+    )
 
 
 def count(token: Token | None, key: Key) -> int:

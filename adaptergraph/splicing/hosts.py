@@ -148,7 +148,7 @@ def _refuse_imported(graph: Graph, host: str, source: Source | None) -> None:
             f"{host!r} is the model itself: bodies are added at modules inside it",
             node=host,
             source=source,
-            hint="trace it inside another module: nn.Sequential(model)",
+            hint="trace it inside another module, nn.Sequential(model), and splice at '0'",
         )
     if graph.imported.values(host) is None:
         raise BadSplice(
@@ -229,8 +229,11 @@ def _never_called(graph: Graph, host: str, source: Source | None) -> BadSplice:
     return BadSplice(
         f"{host!r} ({graph.imported.modules[host].cls}) is never called{why}: a body there would never run",
         node=host,
+        sides=[] if reader else [("traced", "in eval, with the arguments that were given to ag.trace")],
         source=source,
-        hint=f"splice at {reader!r}" if reader else f"narrow the pattern{other}",
+        hint=f"splice at {reader!r}"
+        if reader
+        else f"narrow the pattern{other}; or trace with arguments that make the model call it",
     )
 
 

@@ -10,7 +10,7 @@ import gc
 import re
 import weakref
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphError, here
-from ..features import last_without_convolutions
 from ..graph import Graph, leaves
 from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
@@ -45,7 +44,9 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Args:
         model: any module; it is run once, in eval mode, on fake tensors, and left exactly as it was. While that takes
             its parameters are fake ones: no other thread may run it then.
-        args, kwargs: what its forward takes, for example a tokenized sentence. Only shapes and dtypes matter.
+        args, kwargs: what its forward takes, for example a tokenized sentence. Of tensors only shapes and dtypes
+            matter, unless the forward looks at their values. The graph has what runs in eval with these arguments: a
+            module that is called only while training, or where an `if` takes its other way, is none of it.
 
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
@@ -187,6 +188,8 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         hint = "arguments by name need two stars: ag.trace(model, **batch)"
     elif not any(True for _ in tensors((args, kwargs))):
         hint = "there is no tensor among them: give what model(…) takes, for example what a tokenizer returns"
+    elif len(given) == len(args) == 1 and isinstance(args[0], list | tuple):
+        hint = "several arguments need a star: ag.trace(model, *batch); by name two: ag.trace(model, **batch)"
     return GraphError(
         f"the forward of {cls} fails with these arguments",
         sides=[*rows, *place, ("it raises", f"{type(error).__name__}: {text[0] if text else ''}")],
@@ -196,7 +199,19 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
 
 
 def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else _short(value)
+
+
+def _short(value: Any) -> str:
+    """A value on one line; of tensors in a list or dict only their shapes."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)} {value.dtype}>"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_short, value[:4])) + ", …" * (len(value) > 4)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in value.items()) + "}"
+    return " ".join(repr(value).split())[:60]
 
 
 # ---------------------------------------------------------------------- running the model once
@@ -234,8 +249,10 @@ def _attempt(
         recorder.failed = None
         part: BaseException | None = error
         while part is not None:
-            # the frames of a traceback hold tensors of the run
+            # the frames of a traceback hold tensors of the run, and so does the object that lacks an attribute
             part.__traceback__ = None
+            if isinstance(part, AttributeError):
+                part.obj = None
             part = part.__cause__ or part.__context__
     _clear_caches(recorder.forget(), model)
     return None if failed else recorder
@@ -353,9 +370,12 @@ class _Finish:
         self.readers: dict[str, str] = {}
         self.counts: dict[str, int] = {}
         self.parts: dict[tuple[Record, Any], str] = {}
+        self.without: set[tuple[Record, Any]] = set()
 
     def graph(self) -> Graph:
-        self.recorder.axes.settle()
+        axes = self.recorder.axes
+        axes.settle()
+        self.without = axes.assume_last() if not axes.convolutions else set()
         own: dict[str, dict[str, Param]] = {}
         params: dict[str, Param] = {}
         tied: dict[str, str] = {}
@@ -399,9 +419,7 @@ class _Finish:
             given=self.given,
             host=self.model,
         )
-        convolutions = {record.final().name for record, _ in self.recorder.axes.convolutions}
-        nodes = last_without_convolutions(self.nodes, convolutions)
-        return Graph._of(nodes=nodes, outputs=outputs, imported=imported).check()
+        return Graph._of(nodes=self.nodes, outputs=outputs, imported=imported).check()
 
     def name(self, record: Record) -> None:
         if record.kind == "module":
@@ -417,10 +435,16 @@ class _Finish:
         name = record.name or type(self.model).__name__
         record.name = name
         shape, dtype = (None, None) if record.silent else record.outs[record.main]
-        axis = self.recorder.axes.known.get((record, record.main))
+        axis = self.axis(record, record.main, shape)
         self.nodes[name] = Node(record.op, inputs, name, shape, dtype, params=params, axis=axis)
         if record.kind != "input":
             self.scopes[name] = record.scope
+
+    def axis(self, record: Record, key: Any, shape: Sequence[int] | None) -> int | None:
+        """Where a value has its features: without convolutions in the last dimension, unless it has none."""
+        axes = self.recorder.axes
+        last = shape and not axes.convolutions and (record, key) not in self.without
+        return axes.known.get((record, key), -1 if last else None)
 
     def edge(self, record: Record, key: Any) -> str:
         """The name of a value; a further output of a node becomes a node of its own."""
@@ -440,7 +464,7 @@ class _Finish:
             # two operations of one name, inside one node
             label += "_"
         shape, dtype = record.outs[key]
-        axis = self.recorder.axes.known.get((record, key))
+        axis = self.axis(record, key, shape)
         self.nodes[label] = Node("output", (final.name,), label, shape, dtype, axis=axis)
         self.scopes[label] = final.scope
         return label

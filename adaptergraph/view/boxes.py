@@ -1,13 +1,15 @@
 """From nodes to boxes and links: one walk in topological order, in which what is hidden vanishes into its neighbours.
 
 A node belongs to the closed item around it. Outside of closed items, an operation that only hands on one value
-vanishes; one that joins several becomes a join, and a norm takes in the add before it. Every link is an edge of the
-graph, or a chain of edges through what vanished.
+vanishes; one that joins several becomes a join, which takes in further ones of its kind, and a norm takes in the add
+before it. Where a forward would be a tangle of joins, such as a loop that it runs step by step, those that follow each
+other are one. Every link is an edge of the graph, or a chain of edges through what vanished.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,8 +21,12 @@ from .outline import Item, Outline
 
 Kind = Literal["plain", "residual", "side", "again"]
 ADDS = frozenset({"add", "add_", "add_alike", "iadd", "radd"})
+_SIGNS = {**dict.fromkeys(ADDS, "+"), **dict.fromkeys(("mul", "mul_", "imul", "rmul", "multiply"), "×")}
+_SIGNS |= dict.fromkeys(("sub", "sub_", "isub", "subtract"), "−")
 _SILENT = ("dropout", "identity")
 _CALL = re.compile(r"@\d+")
+# a forward with more joins than this is a tangle
+_TANGLE = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -53,10 +59,14 @@ class Edge:
 class Boxes:
     """The boxes and links of a graph whose outline is settled."""
 
-    def __init__(self, graph: Graph, outline: Outline, special: Iterable[str]) -> None:
+    def __init__(
+        self, graph: Graph, outline: Outline, special: Iterable[str], tangled: frozenset[Item] = frozenset()
+    ) -> None:
         self.graph = graph
+        self.tangled = tangled
         self.outline = outline
         self.special = frozenset(special)
+        self.outputs = frozenset(graph.output_names())
         self.drafts: dict[str, Draft] = {}
         self.edges: dict[tuple[Draft, Draft], Edge] = {}
         self.box_of: dict[str, Draft] = {}
@@ -71,6 +81,11 @@ class Boxes:
             self._visit(i, name, node, outline.item_of[name])
         self._settle()
         self._parameters()
+
+    def tangles(self) -> frozenset[Item]:
+        """The forwards that have too many joins."""
+        counts = Counter(draft.item for draft in self.drafts.values() if draft.joins and not draft.each)
+        return frozenset(item for item, count in counts.items() if count > _TANGLE)
 
     # ------------------------------------------------------------------ one node
 
@@ -130,7 +145,7 @@ class Boxes:
         params = self.outline.params_of.get(name, ())
         own = name in self.special or bool(params)
         if own or len(data) > 1:
-            draft = self._join_of(i, name, item, data, own)
+            draft = self._join_of(i, name, node, item, data, own)
             draft.kind = "box" if params else draft.kind
             # it is called after the operation whose value leaves it
             del self.drafts[draft.name]
@@ -158,19 +173,38 @@ class Boxes:
         values = [v for v in node.inputs if v in self.box_of and v not in self.side]
         return list(dict.fromkeys(self.box_of[v] for v in values))
 
-    def _join_of(self, i: int, name: str, item: Item, data: list[Draft], own: bool) -> Draft:
-        """The join of the same forward that this operation can go into without closing a circle, or a new one."""
+    def _join_of(self, i: int, name: str, node: Node, item: Item, data: list[Draft], own: bool) -> Draft:
+        """The join before it in the same forward, if this operation goes on with it, or a new one."""
         last = self.latest.get(item)
-        others = [d.depth for d in data if d is not last]
-        closed = last is None or own or last.norm or last.name in self.special
-        if last is not None and not closed and max(others, default=0) < last.depth:
-            related = last in data or any((d, last) in self.edges for d in data)
-            if related:
-                return last
+        if last is not None and not (own or last.norm or last.name in self.special) and self._goes_on(node, data, last):
+            return last
         draft = self._new(name, item, "join", i)
         draft.depth = 1 + max((d.depth for d in data), default=0)
         self.latest[item] = draft
         return draft
+
+    def _goes_on(self, node: Node, data: list[Draft], last: Draft) -> bool:
+        """Whether an operation does once more what a join does: with the same values, or with its result and others."""
+        known = [source is last or (source, last) in self.edges for source in data]
+        if not all(source is last or source.depth < last.depth for source in data):
+            return False
+        if last.item in self.tangled:
+            return any(known)
+        if not last.joins or sign_of(last.joins[-1]) != sign_of(node.op):
+            return False
+        if last not in data:
+            return all(known)
+        return all(self._only_read_by(node, value) for value in node.inputs if self.box_of.get(value) is last)
+
+    def _only_read_by(self, node: Node, value: str) -> bool:
+        """Whether nothing else comes of a value, nor of what it was made of in its box."""
+        draft, reader = self.box_of[value], node.name
+        while set(self.graph.consumers[value]) == {reader} and value not in self.outputs:
+            if value in draft.nodes:
+                return True
+            reader = value
+            value = next(v for v in self.graph._nodes[value].inputs if self.box_of.get(v) is draft)
+        return False
 
     def _taken_in(self, name: str, node: Node, item: Item) -> Draft | None:
         """A norm that reads an add of the same forward becomes one box with it, under the norm's name."""
@@ -285,3 +319,8 @@ class Boxes:
 
 def _floating(node: Node) -> bool:
     return node.dtype is None or node.dtype.is_floating_point
+
+
+def sign_of(op: str) -> str:
+    """What a join is called: operations with one sign are of one kind."""
+    return _SIGNS.get(op, op.strip("_"))

@@ -8,14 +8,17 @@ from itertools import pairwise
 
 from ..bodies import Body
 from ..graph import Graph
-from .boxes import ADDS, Boxes, Draft
+from ..methods.base import METHODS
+from ..names import body_name
+from .boxes import Boxes, Draft, sign_of
 from .data import Box
 from .outline import Item, Outline
 from .runs import Run
 
-_SIGNS = {**dict.fromkeys(ADDS, "+"), "mul": "×", "mul_": "×", "multiply": "×", "sub": "−", "subtract": "−"}
 # a longer path is shortened to its last two parts where it stands below a title
 _LONG = 26
+# of more kinds of operations in one box only the number is shown
+_KINDS = 3
 
 
 class Describe:
@@ -26,6 +29,8 @@ class Describe:
         self.boxes = boxes
         self.marked = marked
         self.tied = self._tied()
+        made = [(body_name(host, s.name), type(s.method)) for s in graph.splices for host in s.hosts]
+        self.methods = {name: cls.__name__ for name, cls in made if METHODS.get(cls.__name__) is cls}
 
     def box(self, draft: Draft, frame: Run | Item | None, singles: Sequence[Run | Item]) -> Box:
         """The box as plain data.
@@ -65,7 +70,8 @@ class Describe:
             names = [p for n in draft.nodes for p in self.boxes.outline.params_of.get(n, ())]
             return " · ".join(relative(name, draft.item.path) for name in names)
         if draft.kind == "join":
-            return _SIGNS.get(self._joined(draft), self._joined(draft).strip("_"))
+            kinds = dict.fromkeys(map(sign_of, draft.joins or [self._joined(draft)]))
+            return " · ".join(kinds) if len(kinds) <= _KINDS else f"{len(draft.joins)} operations"
         body = self.graph.bodies.get(draft.name)
         return tail(body) if body is not None and draft.item.body and not draft.each else path
 
@@ -94,7 +100,7 @@ class Describe:
         if draft.kind in ("input", "join"):
             return ""
         if draft.item.body and not draft.each:
-            return f"{len(draft.nodes)} nodes"
+            return " · ".join(filter(None, (self.methods.get(draft.name), f"{len(draft.nodes)} nodes")))
         if len(draft.nodes) == 1:
             params = list(self.graph._nodes[draft.nodes[0]].params.values())
             if len(params) == 1 and len(params[0].shape) > 1:

@@ -51,6 +51,9 @@ def view(
             inside = {item for top in opened for item in top.below()}
             outline.settle(_wanted(graph, outline, opened, marked, runs), inside)
         boxes = Boxes(graph, outline, special)
+        tangles = boxes.tangles()
+        if tangles:
+            boxes = Boxes(graph, outline, special, tangles)
         return _Folded(graph, outline, boxes, runs, opened).view(frozenset(marked))
 
 
