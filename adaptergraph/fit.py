@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from .batches import check_batch, loader, rows, windows
 from .errors import GraphError, here
-from .hosting.sites import graph_of
+from .saving.complete import refuse_left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,7 +418,7 @@ def _check(given: SimpleNamespace) -> None:
             hint="leave collate_fn= out, or give the dataset instead of the loader",
         )
     if given.folder is not None:
-        graph_of(given.model)
+        refuse_left_out(given.model)
         Path(given.folder).mkdir(parents=True, exist_ok=True)
 
 

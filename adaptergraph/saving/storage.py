@@ -26,6 +26,7 @@ from ..splicing.hosts import hosts_of
 from ..state import load_values, put_back_on_error
 from ..tracing.arguments import from_example
 from ..tracing.trace import trace
+from .complete import changeable, refuse_left_out
 from .exchange import (
     ParamText,
     SpliceText,
@@ -79,16 +80,18 @@ class AdapterText(Strict):
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """What training can change in a compiled model, by key: bodies, unfrozen host parameters, and their buffers.
 
+    A parameter that the graph does not know, such as one that another library added, is left out with a warning.
+
     Raises:
-        GraphError: the model was not made by `graph.compile`, or was changed since: what is not there, or of another
-            shape, is listed.
+        GraphError: the model was not made by `graph.compile`, or was changed since: what is not there, of another
+            shape, or trained although it is frozen in the graph, is listed.
 
     >>> import adaptergraph as ag
     >>> list(adapter_state(ag.Adapter.build(8, 2).compile()))
     ['adapter.down.weight', 'adapter.down.bias', 'adapter.up.weight', 'adapter.up.bias']
     """
     graph, state = graph_of(model), inside(model).state_dict()
-    changed = [n for n in graph.params if n in graph.body_params or graph.trained[n]]
+    changed = changeable(graph)
     wrong: list[tuple[str, ...]] = []
     for name in changed:
         shape = graph.params[name].shape
@@ -105,6 +108,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             source=here(),
             hint="put back what was replaced, and undo parametrizations and pruning (prune.remove)",
         )
+    refuse_left_out(model)
     return {name: state[name].detach() for name in [*changed, *_buffers(model, changed)] if name in state}
 
 
@@ -200,8 +204,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
-            written; the path and the reason are named.
+        GraphError: the model was not made by `graph.compile`, a method is a function of yours, something is trained
+            that is frozen in the graph (see `adapter_state`), or the folder cannot be written; the reason is named.
     """
     target = folder_of(folder, model, "save")
     _refuse_uncompiled(model, folder)
@@ -456,7 +460,7 @@ def check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> No
 
 
 def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:
-    needed = {n: list(p.shape) for n, p in graph.params.items() if n in graph.body_params or graph.trained[n]}
+    needed = {n: list(graph.params[n].shape) for n in changeable(graph)}
     wrong = []
     for name, shape in needed.items():
         if name not in state:
