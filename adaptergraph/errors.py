@@ -40,7 +40,7 @@ def here() -> Source | None:
         package, file = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_filename
         # code without a file is made by some library, unless somebody types it
         typed = package == "__main__" or not file.startswith("<")
-        if package not in (_PACKAGE, "contextlib", "pydantic", "torch") and typed:
+        if package not in (_PACKAGE, "accelerate", "contextlib", "pydantic", "torch") and typed:
             return Source(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
