@@ -51,6 +51,15 @@ def shortened(rows: Sequence[Sequence[str]], most: int = 12) -> list[Sequence[st
     return [*rows[:most], *([(f"… and {len(rows) - most} more",)] if len(rows) > most else [])]
 
 
+def quoted(names: Sequence[str], most: int = 2) -> str:
+    """The first of these names, as they are written in a list.
+
+    >>> quoted(["a", "b", "c"])
+    "'a', 'b', …"
+    """
+    return ", ".join([*map(repr, names[:most]), *["…"] * (len(names) > most)])
+
+
 class GraphError(Exception):
     """Something about a graph, a splice or a file that cannot be right.
 

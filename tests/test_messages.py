@@ -686,6 +686,25 @@ GRAPHS = [
     ),
     (lambda: chain().freeze("act"), U, "'act' is no parameter of a host of this graph", ANY),
     (lambda: chain().freeze("*.wight"), U, "'*.wight' selects no parameter of a host", "use the nearest name"),
+    (
+        lambda: adapted().unfreeze("**.adapter"),
+        U,
+        "'**.adapter' selects parameters of bodies, and those of hosts are meant here",
+        "graph.unfreeze('**.adapter', bodies=True)",
+    ),
+    (
+        lambda: chain().unfreeze(),
+        G,
+        "unfreeze names what is trained",
+        'graph.unfreeze("head") for a part of the model, graph.unfreeze("**") for all hosts, '
+        'graph.unfreeze("**", bodies=True) for all bodies',
+    ),
+    (
+        lambda: chain()["a*"],
+        U,
+        "'a*' is a pattern, and here is a place for the name of one node",
+        "graph.select('a*') for all of them, 'a' for the first",
+    ),
     (lambda: chain().freeze(lambda n: True), G, ANY, None),
     (lambda: chain().freeze(5), G, "a selector is a string, a predicate or a list of these, not 5", None),
     (lambda: chain().freeze([5]), G, "freeze and unfreeze take patterns of names, not 5", None),

@@ -494,6 +494,39 @@ def test_other_bodies_on_the_model_than_in_the_file(saved):
     assert "'layer.*.fc': Bottleneck(4, activation='gelu')" in text
 
 
+def test_a_graph_of_the_same_splices_that_trains_something_else(tmp_path):
+    plain = ag.trace(base(), IDS).splice("layer.*.fc", METHOD)
+    head = plain.unfreeze("classifier")
+    model = randomised(head.compile())
+    folder = ag.save(model, tmp_path / "head")
+    with pytest.raises(ag.StateMismatch) as caught:
+        ag.load(plain, folder)
+    text = str(caught.value).splitlines()
+    assert text[0] == "the graph does not train what the adapter trains"
+    assert text[1].split() == ["classifier.weight", "graph", "frozen", "adapter", "trained"]
+    # both ways out
+    assert torch.equal(ag.load(plain.unfreeze("classifier"), folder)(IDS), model(IDS))
+    assert torch.equal(ag.load(plain.unsplice(), folder)(IDS), model(IDS))
+
+    model = randomised(plain.compile())
+    folder = ag.save(model, tmp_path / "plain")
+    with pytest.raises(ag.StateMismatch, match=r"^the graph trains more of the host than the adapter") as caught:
+        ag.load(head, folder)
+    assert "graph.freeze(['classifier.weight', 'classifier.bias'])" in caught.value.hint
+    again = ag.load(head.freeze(["classifier.weight", "classifier.bias"]), folder)
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_a_graph_with_the_same_method_elsewhere_shows_the_difference(saved):
+    folder, _ = saved
+    other = ag.trace(base(), IDS).unfreeze("classifier").splice("layer.*.fc", METHOD, name="other")
+    with pytest.raises(ag.StateMismatch, match="the graph has other splices than the adapter") as caught:
+        ag.load(other, folder)
+    mine, theirs = str(caught.value).splitlines()[1:3]
+    assert mine.endswith("after, name='other'")
+    assert theirs.endswith("after, name='adapter'")
+
+
 def test_files_that_are_not_there(tmp_path, saved):
     folder, _ = saved
     with pytest.raises(ag.GraphError, match=r"cannot read '.*nowhere/adapter.json': No such file"):

@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from ..errors import GraphError, here, shortened
+from ..errors import GraphError, here, quoted, shortened
 from ..graph import Graph
 from ..hosting.attachment import inside
 from ..hosting.sites import graph_of
@@ -33,13 +33,12 @@ def refuse_left_out(model: nn.Module) -> None:
     trained = [n for n, p in own.items() if p.requires_grad and known.get(id(p)) == n and id(p) not in saved]
     cls = type(inside(model)).__name__
     if trained:
-        names = ", ".join(map(repr, trained[:2])) + ", …" * (len(trained) > 2)
         raise GraphError(
             f"{_parameters(len(trained))} of this {cls} would be left out: trained, but frozen in its graph",
             node=trained[0],
             sides=shortened([(n, "graph frozen", "model requires_grad=True") for n in trained]),
             source=here(),
-            hint=f"graph.unfreeze([{names}]) before graph.compile();\n"
+            hint=f"graph.unfreeze([{quoted(trained)}]) before graph.compile();\n"
             "what is trained already comes along: ag.graph_of(model).unfreeze([…]).compile(state=model.state_dict());\n"
             "a new module goes into the model before ag.trace; requires_grad_(False) for what is not to be kept",
         )

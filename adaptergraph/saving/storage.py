@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, StateMismatch, here, nearest, shortened
+from ..errors import GraphError, StateMismatch, here, nearest, quoted, shortened
 from ..graph import Graph
 from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
@@ -424,16 +424,24 @@ def _fitting(graph: Graph, data: AdapterText) -> Graph:
     check_host({n: list(p.shape) for n, p in own.items()}, data, name)
     spliced = _apply(host, data)
     if graph.splices and graph != spliced:
-        raise StateMismatch(
-            "the graph has other splices than the adapter",
-            sides=[
-                ("graph", ", ".join(f"{s.at!r}: {s.method}" for s in graph.splices)),
-                ("adapter", ", ".join(f"{s.at!r}: {s.method}" for s in spliced.splices)),
-            ],
-            source=here(),
-            hint="load onto the graph without splices",
-        )
+        _refuse_other_graph(graph, spliced)
     return spliced
+
+
+def _refuse_other_graph(graph: Graph, adapter: Graph) -> None:
+    """Says in what two spliced graphs of one host differ."""
+    what, hint = "has other splices than the adapter", "load onto the graph without splices: graph.unsplice()"
+    sides: list[tuple[str, ...]] = [("graph", _spoken(graph)), ("adapter", _spoken(adapter))]
+    if sides[0][1] == sides[1][1]:
+        words = {True: "trained", False: "frozen"}
+        differing = [n for n, t in graph.trained.items() if adapter.trained.get(n, t) != t]
+        what, hint = "does not train what the adapter trains", f"the same freeze and unfreeze as there, or {hint}"
+        sides = [(n, f"graph {words[graph.trained[n]]}", f"adapter {words[adapter.trained[n]]}") for n in differing]
+    raise StateMismatch(f"the graph {what}", sides=shortened(sides), source=here(), hint=hint)
+
+
+def _spoken(graph: Graph) -> str:
+    return ", ".join(f"{s.at!r}: {s.method}, {s.where}, name={s.name!r}" for s in graph.splices)
 
 
 def without_splices(graph: Graph) -> Graph:
@@ -461,10 +469,11 @@ def check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> No
 
 def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:
     needed = {n: list(graph.params[n].shape) for n in changeable(graph)}
-    wrong = []
+    wrong, unfrozen = [], []
     for name, shape in needed.items():
         if name not in state:
             wrong.append((name, f"model {shape}", "file has none"))
+            unfrozen += [name] * (name not in graph.body_params)
         elif list(state[name].shape) != shape:
             wrong.append((name, f"model {shape}", f"file {list(state[name].shape)}"))
     owners = {n.rpartition(".")[0] for n in needed}
@@ -474,6 +483,9 @@ def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor])
             wrong.append(
                 (name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}")
             )
+    if wrong and len(wrong) == len(unfrozen):
+        hint = f"they were frozen when it was saved: graph.freeze([{quoted(unfrozen)}])"
+        mismatch("the graph trains more of the host than the adapter", wrong, hint)
     if wrong:
         mismatch("the tensors of the adapter do not fit", wrong)
 
