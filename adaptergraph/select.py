@@ -303,9 +303,9 @@ def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
     try:
         return bool(predicate(node))
     except Exception as error:
-        kind = type(predicate).__name__
+        kind, why = type(predicate).__name__, str(error).partition("\n")[0]
         raise GraphError(
-            f"the predicate fails at {node.name!r}: {type(error).__name__}: {error}",
+            f"the predicate fails at {node.name!r}: {type(error).__name__}: {why}",
             node=node.name,
             source=here(),
             hint="a predicate takes a node and says whether it is meant"
