@@ -361,7 +361,8 @@ def _refuse_idle(text: str, found: list[re.Match[str]], names: Sequence[str], wh
 
 def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode:
     """The error for a selector without a match, with the selector that was probably meant."""
-    found = _beside(text, names) or list(filter(None, [_mended(text, names)]))
+    mended = re.sub(r"\*\*\.(?:\*\*\.)+", "**.", _mended(text, names) or "")
+    found = _beside(text, names) or list(filter(None, [mended]))
     found = found or nearest(text.replace("*", ""), names, 3)
     sides = []
     for better in found:
@@ -480,7 +481,9 @@ def _mended(text: str, names: Sequence[str]) -> str | None:
 
 def _widened(words: Sequence[str], names: Sequence[str]) -> str | None:
     """The selector with what was left out between two of its words, or before each of them."""
-    for gaps in (*([i] for i in range(len(words) - 1, 0, -1)), range(len(words))):
+    # before `*` is as good as after it
+    places = [i for i, word in enumerate(words) if word not in ("*", "**")]
+    for gaps in (*([i] for i in reversed(places) if i), places):
         parts = [
             r"(?:[^/]*\.)?"
             if word == "**"

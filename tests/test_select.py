@@ -166,6 +166,7 @@ def test_a_selection_is_a_sequence_of_names():
         ("**.layer.*.dense", "selects no node", "'**.layer.*.output.dense' selects 3"),
         # the last part stays what it is
         ("decoder.xyz.*.query", "selects no node", "query' selects 3"),
+        ("q.w.e.r.query", "is no node of this graph", "'**.query' selects 3"),
         ("**.QUERY", "selects no node", "'**.query' selects 3"),
         (".*query", "selects no node", "'**.*query' selects 3"),
     ],
