@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, StackDataset
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, default_collate
 
 from .errors import GraphError, here, suggestion
+from .tasks import Tasked
 
 
 def loader(what: str, given: SimpleNamespace, generator: torch.Generator | None = None) -> Any:
@@ -22,7 +23,7 @@ def loader(what: str, given: SimpleNamespace, generator: torch.Generator | None 
     if data is None or isinstance(data, DataLoader):
         return data
     if isinstance(data, Mapping):
-        lengths = {name: len(c) if isinstance(c, Tensor) and c.dim() else type(c).__name__ for name, c in data.items()}
+        lengths = {name: len(c) if _is_column(c) else type(c).__name__ for name, c in data.items()}
         if len(set(lengths.values())) > 1 or str in map(type, lengths.values()):
             sides = [(repr(name), str(length)) for name, length in lengths.items()]
             hint = 'torch.tensor(…) makes one; a tokenizer gives them with padding=True, return_tensors="pt"'
@@ -32,14 +33,56 @@ def loader(what: str, given: SimpleNamespace, generator: torch.Generator | None 
         hint = "torch.utils.data.TensorDataset(x, y) makes samples of them, for loss="
         raise GraphError(f"{what}= is a pair of tensors, not samples", source=here(), hint=hint)
     if isinstance(data, IterableDataset):
-        return DataLoader(data, given.batch_size, collate_fn=given.collate)
+        return DataLoader(data, given.batch_size, collate_fn=given.collate or _collated)
     if isinstance(data, str | Tensor) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         hint = "a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors"
         raise GraphError(f"{what}= is a {type(data).__name__}", source=here(), hint=hint)
     if len(data) == 0:
         raise GraphError(f"{what}= is empty", source=here(), hint="give it at least one sample")
     shuffle = generator is not None
-    return DataLoader(data, given.batch_size, shuffle=shuffle, generator=generator, collate_fn=given.collate)
+    collate = given.collate or _collated
+    return DataLoader(data, given.batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
+
+
+def _collated(samples: list[Any]) -> Any:
+    """A batch as torch makes it of samples of one form."""
+    first = samples[0]
+    numbers = [k for k, v in first.items() if _is_numbers(v)] if isinstance(first, Mapping) else []
+    why = "torch would make columns of a list of numbers"
+    if not numbers:
+        try:
+            return default_collate(samples)
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            why = str(error).splitlines()[0]
+    raise GraphError(
+        "samples cannot be made into a batch",
+        sides=[(f"sample {i}", _form(sample)) for i, sample in enumerate(samples[:3])] + [("because", why)],
+        source=here(),
+        hint="tensors of one shape, or collate= for rows of different length: "
+        "collate=transformers.DataCollatorWithPadding(tokenizer)",
+    )
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int | float)
+
+
+def _form(sample: Any) -> str:
+    """What a sample holds, in few words."""
+    if isinstance(sample, Mapping):
+        return ", ".join(f"{name}: {_form(value)}" for name, value in sample.items())
+    if isinstance(sample, Tensor):
+        return str(tuple(sample.shape))
+    if isinstance(sample, list | tuple):
+        return f"{type(sample).__name__} of {len(sample)}"
+    return type(sample).__name__
+
+
+def _is_column(column: Any) -> bool:
+    """A tensor of rows, or a list of words such as a task for each row."""
+    if isinstance(column, list | tuple):
+        return bool(column) and all(isinstance(word, str) for word in column)
+    return isinstance(column, Tensor) and column.dim() > 0
 
 
 def check_batch(batch: Any, model: nn.Module, loss: Any) -> None:
@@ -72,7 +115,8 @@ def check_batch(batch: Any, model: nn.Module, loss: Any) -> None:
 
 def _accepted(model: nn.Module) -> list[str] | None:
     """The names that a forward takes; None when it takes any."""
-    names: list[str] = []
+    # a root with a `Switch` takes the word beside what its own forward takes
+    names = ["task"] * isinstance(model, Tasked)
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             # **kwargs: Unpack[SomeTypedDict] says which
@@ -98,6 +142,10 @@ def windows(loader: Any, accumulate: int) -> Iterator[list[Any]]:
 
 
 def rows(batch: Any) -> int:
+    """How many rows a batch has."""
     from accelerate.utils import find_batch_size
 
+    if isinstance(batch, Mapping):
+        # a task for each row is a list of names
+        batch = [value for value in batch.values() if isinstance(value, Tensor)] or batch
     return find_batch_size(batch) or 1

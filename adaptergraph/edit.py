@@ -8,30 +8,34 @@ from typing import Any
 
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
-from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, here
+from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, UnknownNode, here, quoted
 from .graph import Diff, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
-from .select import Selection, Selector, entries_of, match
+from .select import Selection, Selector, entries_of, match, pattern
 from .splicing.draft import in_order, map_outputs
 from .splicing.site import is_foreign, made
 
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:
     """See `Graph.freeze` and `Graph.unfreeze`."""
-    pool = [p for p in graph.params if (p in graph.body_params) == bodies]
     if at is None:
+        if value:
+            raise GraphError(
+                "unfreeze names what is trained",
+                source=here(),
+                hint='graph.unfreeze("head") for a part of the model, graph.unfreeze("**") for all hosts, '
+                'graph.unfreeze("**", bodies=True) for all bodies',
+            )
+        pool = [p for p in graph.params if (p in graph.body_params) == bodies]
         return graph._with(overrides={**graph._overrides, **dict.fromkeys(pool, value)})
-    tied = graph.imported.tied if graph.imported is not None and not bodies else {}
-    below: dict[str, list[str]] = {}
-    for name in [*pool, *tied]:
-        for prefix in (*prefixes(name), name):
-            below.setdefault(prefix, []).append(tied.get(name, name))
+    below = _below(graph, bodies)
     found = []
     for entry in entries_of(at):
         for text in entry if isinstance(entry, Selection) else [entry.name if isinstance(entry, Node) else entry]:
             if not isinstance(text, str):
                 raise GraphError(f"freeze and unfreeze take patterns of names, not {text!r}", source=here())
+            _refuse_others(graph, text, below, bodies, value)
             what = "parameter of a body" if bodies else "parameter of a host"
             found += [p for hit in match(text, list(below), what) for p in below[hit]]
     wanted = [p for p in found if graph.params[p].trainable or not value]
@@ -43,6 +47,32 @@ def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) ->
             hint="leave it out of the pattern",
         )
     return graph._with(overrides={**graph._overrides, **dict.fromkeys(wanted, value)})
+
+
+def _below(graph: Graph, bodies: bool) -> dict[str, list[str]]:
+    """For each name the parameters of hosts, or of bodies, at it and below."""
+    tied = graph.imported.tied if graph.imported is not None and not bodies else {}
+    below: dict[str, list[str]] = {}
+    for name in [*(p for p in graph.params if (p in graph.body_params) == bodies), *tied]:
+        for prefix in (*prefixes(name), name):
+            below.setdefault(prefix, []).append(tied.get(name, name))
+    return below
+
+
+def _refuse_others(graph: Graph, text: str, below: Mapping[str, Any], bodies: bool, value: bool) -> None:
+    """Refuses a pattern that means hosts where bodies are asked for, or the other way round."""
+    if any(map(pattern(text).fullmatch, below)):
+        return
+    others = list(filter(pattern(text).fullmatch, _below(graph, not bodies)))
+    if others:
+        mine, theirs = ("bodies", "hosts") if bodies else ("hosts", "bodies")
+        raise UnknownNode(
+            f"{text!r} selects parameters of {theirs}, and those of {mine} are meant here",
+            node=text,
+            sides=[(theirs, quoted(others))],
+            source=here(),
+            hint=f"graph.{'un' * value}freeze({text!r}{', bodies=True' * (not bodies)})",
+        )
 
 
 def _host(graph: Graph, name: str | Node, verb: str) -> Node:

@@ -40,7 +40,7 @@ def here() -> Source | None:
         package, file = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_filename
         # code without a file is made by some library, unless somebody types it
         typed = package == "__main__" or not file.startswith("<")
-        if package not in (_PACKAGE, "contextlib", "pydantic", "torch") and typed:
+        if package not in (_PACKAGE, "accelerate", "contextlib", "pydantic", "torch") and typed:
             return Source(file, frame.f_lineno)
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -49,6 +49,15 @@ def here() -> Source | None:
 def shortened(rows: Sequence[Sequence[str]], most: int = 12) -> list[Sequence[str]]:
     """The first rows of what differs, and how many more there are."""
     return [*rows[:most], *([(f"… and {len(rows) - most} more",)] if len(rows) > most else [])]
+
+
+def quoted(names: Sequence[str], most: int = 2) -> str:
+    """The first of these names, as they are written in a list.
+
+    >>> quoted(["a", "b", "c"])
+    "'a', 'b', …"
+    """
+    return ", ".join([*map(repr, names[:most]), *["…"] * (len(names) > most)])
 
 
 class GraphError(Exception):

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from .batches import check_batch, loader, rows, windows
 from .errors import GraphError, here
-from .hosting.sites import graph_of
+from .layers.making import spelt
+from .saving.complete import refuse_left_out
+from .saving.files import made_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class Report:
         return "\n".join(lines + [f"  no gradient ever reached {name}" for name in self.untouched])
 
 
+@spelt
 def fit(
     model: nn.Module,
     data: Any,
@@ -110,7 +113,8 @@ def fit(
 
     Args:
         model: any nn.Module, such as `graph.compile()`; it moves to the device that accelerate trains on.
-        data: a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors, whose rows are samples.
+        data: a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors (or lists of words, such as
+            `task`), whose rows are samples.
         epochs: how often all data are seen.
         steps: optimizer steps to make, whatever `epochs` says; data repeat as needed.
         batch_size: rows of a batch, in each process; a DataLoader has its own.
@@ -407,6 +411,7 @@ def _check(given: SimpleNamespace) -> None:
             value = getattr(given, name)
             if not (right(value) or (value is None and name in optional)):
                 raise GraphError(f"{name}={value!r} cannot be", source=here(), hint=f"{name} is {hint}")
+    _check_calls(given)
     if not any(p.requires_grad for p in given.model.parameters()):
         hint = 'splice a body into its graph, or graph.unfreeze("…"), and compile again'
         name = type(_plain(given.model)).__name__
@@ -418,8 +423,27 @@ def _check(given: SimpleNamespace) -> None:
             hint="leave collate_fn= out, or give the dataset instead of the loader",
         )
     if given.folder is not None:
-        graph_of(given.model)
-        Path(given.folder).mkdir(parents=True, exist_ok=True)
+        refuse_left_out(given.model)
+        made_folder(Path(given.folder))
+
+
+def _check_calls(given: SimpleNamespace) -> None:
+    """Whether functions of the user take what they are called with; of some builtins nobody knows."""
+    calls = [(f"metrics[{name!r}]", fn, "output, batch") for name, fn in (given.metrics or {}).items()]
+    calls += [("loss", given.loss, "output, target"), ("collate", given.collate, "samples")]
+    calls += [("evaluate", given.evaluate, "model")]
+    for name, fn, arguments in (call for call in calls if callable(call[1])):
+        try:
+            inspect.signature(fn).bind(*arguments.split(", "))
+        except ValueError:
+            continue
+        except TypeError as error:
+            raise GraphError(
+                f"{name} cannot be called as {name}({arguments})",
+                sides=[("because", str(error))],
+                source=here(),
+                hint=f"lambda {arguments}: …",
+            ) from None
 
 
 @contextmanager

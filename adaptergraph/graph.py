@@ -293,7 +293,7 @@ class Graph(Verbs):
 
         Args:
             at: patterns of parameters or modules; None for every host.
-            bodies: let the patterns reach bodies instead of hosts.
+            bodies: reach bodies instead of hosts, not both.
 
         >>> import adaptergraph as ag
         >>> x = ag.input("x", shape=("batch", 8))
@@ -305,8 +305,8 @@ class Graph(Verbs):
 
         return set_trained(self, at, bodies, False)
 
-    def unfreeze(self, at: Selector, *, bodies: bool = False) -> Graph:
-        """The same graph with these parameters trained. Patterns as for `freeze`."""
+    def unfreeze(self, at: Selector | None = None, *, bodies: bool = False) -> Graph:
+        """The same graph with these parameters trained. Patterns as for `freeze`, but they cannot be left out."""
         from .edit import set_trained
 
         return set_trained(self, at, bodies, True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import GraphError, Source
+from .errors import GraphError, Source, here
 from .names import path_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,30 @@ class Param:
     def trainable(self) -> bool:
         """Whether it can have a gradient: quantised weights are whole numbers."""
         return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+class _NoAttribute(GraphError, AttributeError):
+    """A `GraphError` for what is asked of a node as if it were a tensor; `hasattr` sees that it is not there."""
+
+
+def _no_tensor(node: Node, asked: str, instead: str, own: str = "", kind: type[GraphError] = GraphError) -> GraphError:
+    """The error for a node that is used as a tensor: its value is there only when the model runs."""
+    return kind(
+        f"{node!r} is a node of a graph, not a tensor: {asked}",
+        node=node.name,
+        source=here(),
+        hint=f"{own}ag.nx([x], lambda x: {instead}) for any function of tensors, ag.module(x, module) for a module;\n"
+        "+, -, * and the calls of ag make nodes: x * 0.5, ag.relu(x), ag.constant(…)",
+    )
+
+
+def _refused(sign: str, instead: str) -> Callable[..., Any]:
+    """An operator that nodes do not know."""
+
+    def refuse(node: Node, *_: Any) -> Any:
+        raise _no_tensor(node, f"it does not know {sign}", instead)
+
+    return refuse
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -117,6 +141,32 @@ class Node:
 
     def __rmul__(self, other: Node | float) -> Node:
         return _calculated("multiply", other, self)
+
+    __truediv__ = __rtruediv__ = _refused("/", "x / 2")
+    __matmul__ = __rmatmul__ = _refused("@", "x @ weight")
+    __pow__ = __rpow__ = _refused("**", "x ** 2")
+    __neg__ = _refused("a minus before it", "-x")
+    __abs__ = _refused("abs()", "abs(x)")
+    __getitem__ = _refused("[…]", "x[…]")
+    __lt__ = __le__ = __gt__ = __ge__ = _refused("comparisons", "x > 0")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in type(self).__slots__:
+            raise AttributeError(name)
+        raise _no_tensor(self, f"it has no {name!r}", f"x.{name}(…)", kind=_NoAttribute)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refused: a function of torch that is given a node."""
+        from .layers import __all__ as names
+
+        name = function.__name__
+        given = [*args, *(kwargs or {}).values()]
+        flat = [part for value in given for part in (value if isinstance(value, list | tuple) else [value])]
+        node = next(part for part in flat if isinstance(part, Node))
+        # ag.linear is an activation, the one that does nothing
+        own = f"ag.{name}(…) is that as a node;\n" if name in names and name != "linear" else ""
+        raise _no_tensor(node, f"torch's {name} cannot take it", f"{name}(x, …)", own)
 
 
 def reading(node: Node, inputs: Sequence[Node]) -> Node:

@@ -281,8 +281,16 @@ def hits(graph: Graph, entry: Any) -> list[str]:
     if not isinstance(entry, str):
         raise GraphError(f"a selector is a string, a predicate or a list of these, not {entry!r}", source=here())
     if not is_pattern(entry):
-        graph.calls_of(entry)
-        return [entry]
+        # `blocks.1:attn` for `blocks.1:1:attn`, as in patterns; a number counts the outputs themselves
+        called, colon, label = entry.partition(":")
+        named = colon and not label.rpartition(":")[2].isdigit()
+        longer = (
+            [n for n in graph.selectable if n.startswith(called + ":") and n.endswith(":" + label)] if named else []
+        )
+        if not longer or entry in longer:
+            graph.calls_of(entry)
+            return [entry]
+        return longer
     known: Sequence[str] = graph.selectable
     if graph.imported is not None:
         # an operation, a call or an output is meant only where the pattern says so
@@ -295,9 +303,9 @@ def _asked(predicate: Callable[[Node], bool], node: Node) -> bool:
     try:
         return bool(predicate(node))
     except Exception as error:
-        kind = type(predicate).__name__
+        kind, why = type(predicate).__name__, str(error).partition("\n")[0]
         raise GraphError(
-            f"the predicate fails at {node.name!r}: {type(error).__name__}: {error}",
+            f"the predicate fails at {node.name!r}: {type(error).__name__}: {why}",
             node=node.name,
             source=here(),
             hint="a predicate takes a node and says whether it is meant"
@@ -353,7 +361,8 @@ def _refuse_idle(text: str, found: list[re.Match[str]], names: Sequence[str], wh
 
 def no_match(text: str, names: Sequence[str], what: str = "node") -> UnknownNode:
     """The error for a selector without a match, with the selector that was probably meant."""
-    found = _beside(text, names) or list(filter(None, [_mended(text, names)]))
+    mended = re.sub(r"\*\*\.(?:\*\*\.)+", "**.", _mended(text, names) or "")
+    found = _beside(text, names) or list(filter(None, [mended]))
     found = found or nearest(text.replace("*", ""), names, 3)
     sides = []
     for better in found:
@@ -384,6 +393,8 @@ def unknown(graph: Graph, name: str) -> UnknownNode:
     """The error for a name that is none: the nearest ones, or which outputs of that module the model reads."""
     from .collect import alive
 
+    if is_pattern(name):
+        return _no_name(graph, name)
     path, called = path_of(name), name.partition(":")[0]
     if graph.imported is None or ":" not in name or "/" in name or graph.imported.values(called) is None:
         return no_match(name, graph.selectable)
@@ -398,6 +409,21 @@ def unknown(graph: Graph, name: str) -> UnknownNode:
         hint=f"{path!r} is the name of that tensor"
         if one
         else f"mend the name; if {path!r} gives such a value, nothing reads it: a body there would change nothing",
+    )
+
+
+def _no_name(graph: Graph, text: str) -> UnknownNode:
+    """The error for a pattern where one name is asked for."""
+    try:
+        found = select(graph, text).names
+    except UnknownNode:
+        found = ()
+    return UnknownNode(
+        f"{text!r} is a pattern, and here is a place for the name of one node",
+        node=text,
+        sides=[("it selects", _shown(found) or "nothing")],
+        source=here(),
+        hint=f"graph.select({text!r}) for all of them" + (f", {found[0]!r} for the first" if found else ""),
     )
 
 
@@ -424,26 +450,50 @@ def _beside(text: str, names: Sequence[str]) -> list[str]:
 
 
 def _mended(text: str, names: Sequence[str]) -> str | None:
-    """The selector with its unknown words replaced by the nearest known ones, if that selects something."""
+    """The selector with its unknown words replaced by the nearest known ones, and what was left out put in.
+
+    The last word stays, if it is known. None if nothing would be selected.
+    """
     vocabulary = {segment for name in names for segment in re.split(r"[./]", name)}
+    folded = {word.lower(): word for word in vocabulary}
     # dots inside brackets separate nothing
     words = re.split(r"([./](?![^{\[]*[}\]]))", text)
-    changed = False
     for i, word in enumerate(words):
         if word in ("", ".", "/") or is_pattern(word) or word in vocabulary:
             continue
-        close = nearest(word, vocabulary)
-        if not close:
+        close = nearest(word, vocabulary) or [folded[w] for w in nearest(word.lower(), folded)]
+        if not close and (word.isdigit() or i == len(words) - 1):
             return None
-        words[i] = close[0]
-        changed = True
+        words[i] = close[0] if close else "**"
     mended = "".join(words)
-    if changed and any(pattern(mended).fullmatch(n) for n in names):
+    if any(map(pattern(mended).fullmatch, names)):
         return mended
     # every word is known, only not in this place: allow any path between the words
-    head, dot, last = text.rpartition(".")
-    operations = [f"{head}/{last}"] if dot else [f"/{text}", f"**/{text}"]
-    for loose in (*operations, f"**{text}" if text.startswith("/") else f"**.{text}"):
-        if not text.startswith("**") and any(map(pattern(loose).fullmatch, names)):
+    head, dot, last = mended.rpartition(".")
+    operations = [f"{head}/{last}"] if dot else [f"/{mended}", f"**/{mended}"]
+    for loose in (*operations, f"**{mended}" if mended.startswith(("/", ".")) else f"**.{mended}"):
+        if not mended.startswith("**") and any(map(pattern(loose).fullmatch, names)):
             return loose
+    words = re.split(r"\.(?![^{\[]*[}\]])", mended)
+    last = f"**.{words[-1]}"
+    return _widened(words, names) or (last if any(map(pattern(last).fullmatch, names)) else None)
+
+
+def _widened(words: Sequence[str], names: Sequence[str]) -> str | None:
+    """The selector with what was left out between two of its words, or before each of them."""
+    # before `*` is as good as after it
+    places = [i for i, word in enumerate(words) if word not in ("*", "**")]
+    for gaps in (*([i] for i in reversed(places) if i), places):
+        parts = [
+            r"(?:[^/]*\.)?"
+            if word == "**"
+            else (rf"(?:(?P<gap{i}>[^/@:]+?)\.)??" if i in gaps else "") + rf"(?:{pattern(word).pattern})\."
+            for i, word in enumerate(words)
+        ]
+        whole = re.compile("".join(parts).removesuffix(r"\."))
+        found = [m.groupdict() for m in map(whole.fullmatch, names) if m]
+        if found:
+            between = [{m.get(f"gap{i}") for m in found} for i in range(len(words))]
+            put = [middle.pop() if len(middle) == 1 else "**" for middle in between]
+            return ".".join(part for pair in zip(put, words, strict=True) for part in pair if part)
     return None

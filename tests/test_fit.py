@@ -317,6 +317,34 @@ def test_rows_of_different_length_with_a_collate_of_ones_own(adapted):
     assert a.steps == b.steps == 3
 
 
+@pytest.mark.parametrize("form", ["dict", "samples", "loader"])
+def test_a_task_for_each_row_in_a_batch(bert, form):
+    """Equal to a loop written by hand that calls the model with the whole batch, `task` included."""
+    ids = tokens()
+    switch = ag.Switch({"a": ag.Bottleneck(4), "b": ag.Bottleneck(2)})
+    graph = ag.trace(bert, input_ids=ids["input_ids"][:1]).splice("bert.encoder.layer.*.output.dense", switch)
+    data = {"task": ["a" if i % 3 else "b" for i in range(24)], **ids}
+    samples = [{name: column[i] for name, column in data.items()} for i in range(24)]
+    given = {"dict": data, "samples": samples, "loader": DataLoader(samples, 24)}[form]
+    model, hand = graph.compile(), graph.compile()
+    for part in (*model.modules(), *hand.modules()):
+        if isinstance(part, nn.Dropout):
+            # it would be drawn in another order
+            part.p = 0.0
+    sgd = functools.partial(torch.optim.SGD, momentum=0.5)
+    report = fit(model, given, batch_size=24, steps=1, optimizer=sgd, lr=0.5, warmup=0.0, clip=None, evaluate=given)
+    assert report.steps == 1
+    optimizer = sgd([p for p in hand.parameters() if p.requires_grad], lr=0.5)
+    hand.train()
+    hand(**data).loss.backward()
+    optimizer.step()
+    before = dict(graph.compile().named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, hand.get_parameter(name), rtol=1e-4, atol=1e-6)
+        if name.endswith("up.weight"):
+            assert not torch.equal(parameter, before[name])
+
+
 def test_what_a_launcher_says_about_accumulation_is_not_counted_twice(monkeypatch):
     plain = classify(declared().compile(), rows(), epochs=3, clip=None, optimizer=torch.optim.SGD)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
@@ -631,6 +659,56 @@ def test_options_of_the_wrong_kind(options, hint):
         fit(data=rows(), **{"model": declared().compile(), "loss": F.cross_entropy, **options})
     assert str(error.value).startswith(f"{name}={value!r} cannot be\n")
     assert error.value.hint == hint.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("option", "right"), [("epoch", "epochs"), ("learning_rate", None), ("batchsize", "batch_size")]
+)
+def test_a_misspelt_option(option, right):
+    with pytest.raises(GraphError, match=f"^fit has no option {option!r}\n") as error:
+        classify(declared().compile(), rows(), **{option: 3})
+    assert right is None or error.value.hint == f"did you mean {right!r}?"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "arguments"),
+    [
+        ({"metrics": {"f1": lambda output: 1.0}, "evaluate": rows()}, "metrics['f1']", "output, batch"),
+        ({"loss": lambda output: output.mean()}, "loss", "output, target"),
+        ({"collate": lambda: None}, "collate", "samples"),
+        ({"evaluate": lambda model, data: {}}, "evaluate", "model"),
+    ],
+)
+def test_functions_that_do_not_take_what_they_are_called_with(options, name, arguments):
+    text = refused(re.escape(f"{name} cannot be called as {name}({arguments})\n    because   "), **options)
+    assert f"to fix      lambda {arguments}: …" in text
+
+
+@pytest.mark.parametrize("what", ["data", "evaluate"])
+@pytest.mark.parametrize(
+    ("samples", "because"),
+    [
+        ([{"x": torch.randn(8 - i % 2), "labels": torch.tensor(i % 3)} for i in range(4)], "stack expects each tensor"),
+        ([{"x": torch.randn(8).tolist(), "labels": i % 3} for i in range(4)], "columns of a list of numbers"),
+        ([{"x": torch.randn(8), "labels" if i % 2 else "label": 1} for i in range(4)], "'label"),
+    ],
+)
+def test_samples_that_make_no_batch(what, samples, because):
+    model = declared().compile()
+    before = state(model)
+    with pytest.raises(GraphError, match=r"^samples cannot be made into a batch\n    sample 0   x: ") as error:
+        classify(model, **{"data": rows(), what: samples})
+    assert because in str(error.value)
+    assert "collate=transformers.DataCollatorWithPadding(tokenizer)" in error.value.hint
+    assert error.value.source.file == __file__
+    assert not changed(model, before)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    refused("'.*file' is a file, not a folder\n", folder=file)
+    refused("cannot write into '.*file/a': Not a directory\n", folder=file / "a")
 
 
 @pytest.mark.parametrize("what", ["data", "evaluate"])

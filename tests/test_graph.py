@@ -697,10 +697,19 @@ def test_freeze_means_hosts_and_bodies_only_when_asked():
     assert [n for n, t in graph.freeze("**").trained.items() if t] == bodies
     assert [n for n, t in graph.freeze(bodies=True).trained.items() if not t] == bodies
     assert [n for n, t in graph.freeze("**.down", bodies=True).trained.items() if not t] == bodies[:2]
-    with pytest.raises(ag.UnknownNode, match=r"'a.adapter.down' is no parameter of a host of this graph"):
-        graph.freeze("a.adapter.down")
-    with pytest.raises(ag.UnknownNode, match="'b' is no parameter of a body of this graph"):
+    for at in ("a.adapter.down", "**.adapter", "*.adapter.*.weight"):
+        for verb in (graph.freeze, graph.unfreeze):
+            with pytest.raises(ag.UnknownNode, match="selects parameters of bodies, and those of hosts are") as caught:
+                verb(at)
+            assert caught.value.hint == f"graph.{verb.__name__}({at!r}, bodies=True)"
+            assert caught.value.node == at
+            verb(at, bodies=True)
+    with pytest.raises(ag.UnknownNode, match="'b' selects parameters of hosts, and those of bodies are") as caught:
         graph.freeze("b", bodies=True)
+    assert caught.value.hint == "graph.freeze('b')"
+    for options in ({}, {"bodies": True}):
+        with pytest.raises(ag.GraphError, match=r"^unfreeze names what is trained\n.*\n.*graph\.unfreeze\(\"head\"\)"):
+            graph.unfreeze(**options)
     assert graph.freeze("a.adapter", bodies=True).unsplice() == chain()
     assert graph.freeze().unsplice() == chain().freeze()
 

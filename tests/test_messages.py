@@ -1,7 +1,9 @@
 """Every error of the declared side: its first line, what it says to do, and that it names the user's own line."""
 
 import ast
+import copy
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -686,6 +688,25 @@ GRAPHS = [
     ),
     (lambda: chain().freeze("act"), U, "'act' is no parameter of a host of this graph", ANY),
     (lambda: chain().freeze("*.wight"), U, "'*.wight' selects no parameter of a host", "use the nearest name"),
+    (
+        lambda: adapted().unfreeze("**.adapter"),
+        U,
+        "'**.adapter' selects parameters of bodies, and those of hosts are meant here",
+        "graph.unfreeze('**.adapter', bodies=True)",
+    ),
+    (
+        lambda: chain().unfreeze(),
+        G,
+        "unfreeze names what is trained",
+        'graph.unfreeze("head") for a part of the model, graph.unfreeze("**") for all hosts, '
+        'graph.unfreeze("**", bodies=True) for all bodies',
+    ),
+    (
+        lambda: chain()["a*"],
+        U,
+        "'a*' is a pattern, and here is a place for the name of one node",
+        "graph.select('a*') for all of them, 'a' for the first",
+    ),
     (lambda: chain().freeze(lambda n: True), G, ANY, None),
     (lambda: chain().freeze(5), G, "a selector is a string, a predicate or a list of these, not 5", None),
     (lambda: chain().freeze([5]), G, "freeze and unfreeze take patterns of names, not 5", None),
@@ -1293,6 +1314,61 @@ def test_every_error_of_these_files_is_pinned():
             if not any(f == str(path) and node.lineno <= line <= node.end_lineno for f, line in seen):
                 missing.append(f"{path.name}:{node.lineno} {ast.unparse(node)[:80]}")
     assert not missing
+
+
+# ---------------------------------------------------------------------- nodes taken for tensors
+
+EIGHT = torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("use", "said", "hint"),
+    [
+        (lambda v: torch.relu(v), "torch's relu cannot take it", "ag.relu(…) is that as a node;"),
+        (lambda v: nn.functional.gelu(input=v), "torch's gelu cannot take it", "ag.gelu(…) is that as a node;"),
+        (lambda v: torch.cat([v, v]), "torch's cat cannot take it", "ag.nx([x], lambda x: cat(x, …))"),
+        (lambda v: nn.Linear(8, 8)(v), "torch's linear cannot take it", "ag.module(x, module)"),
+        (lambda v: EIGHT + v, "torch's add cannot take it", "ag.constant(…)"),
+        (lambda v: EIGHT @ v, "torch's matmul cannot take it", "ag.nx([x], lambda x: matmul(x, …))"),
+        (lambda v: v @ EIGHT, "it does not know @", "lambda x: x @ weight"),
+        (lambda v: v / 2, "it does not know /", "x * 0.5"),
+        (lambda v: 2 / v, "it does not know /", "lambda x: x / 2"),
+        (lambda v: -v, "it does not know a minus before it", "lambda x: -x"),
+        (lambda v: v**2, "it does not know **", "lambda x: x ** 2"),
+        (lambda v: abs(v), "it does not know abs()", "lambda x: abs(x)"),
+        (lambda v: v[0], "it does not know […]", "lambda x: x[…]"),
+        (lambda v: [*v], "it does not know […]", "lambda x: x[…]"),
+        (lambda v: v > 0, "it does not know comparisons", "lambda x: x > 0"),
+        (lambda v: v.mean(-1), "it has no 'mean'", "lambda x: x.mean(…)"),
+        (lambda v: v.T, "it has no 'T'", "ag.nx([x]"),
+    ],
+)
+@pytest.mark.parametrize("where", ["declared", "in a method"])
+def test_a_node_is_no_tensor(where, use, said, hint):
+    call = (lambda: use(x())) if where == "declared" else lambda: traced().splice("fc", lambda site: use(site.output))
+    error = error_of(call)
+    first = str(error).splitlines()[0]
+    assert first.startswith("<x: input" if where == "declared" else "<fc: Linear")
+    assert first.endswith(f"> is a node of a graph, not a tensor: {said}")
+    assert hint in error.hint
+    assert error.source.file == __file__
+    assert error.node == ("x" if where == "declared" else "fc")
+
+
+def test_the_ways_out_that_a_node_names():
+    given = torch.randn(4, 8)
+    linear = nn.Linear(8, 8)
+    node = ag.module(ag.nx([x()], lambda v: v[:, :8] / 2 - v.mean()), linear, name="m")
+    model = ag.Graph(ag.relu(node * 0.5 + ag.constant(EIGHT))).compile()
+    torch.testing.assert_close(model(given), torch.relu(linear(given / 2 - given.mean()) * 0.5 + EIGHT))
+
+
+def test_nodes_are_looked_at_as_any_object():
+    node = ag.relu(x(), name="act")
+    assert not hasattr(node, "mean")
+    assert getattr(node, "numpy", None) is None
+    for copied in (copy.copy(node), copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        assert copied.same(replace(node, inputs=copied.inputs))
 
 
 # ---------------------------------------------------------------------- whole messages

@@ -155,6 +155,20 @@ def test_a_selection_is_a_sequence_of_names():
         ("**.querry", "selects no node", "'**.query' selects 3"),
         (["head", "**.querry"], "'**.querry' selects no node", "'**.query' selects 3"),
         (["head", "norm"], "'norm' is no node of this graph", "'**.norm' selects 3"),
+        # a part was left out: what is between is put in where it is the same for all
+        ("encoder.layer.*.query", "selects no node", "'encoder.layer.*.attention.query' selects 3"),
+        ("encoder.layer.{0..1}.dense", "selects no node", "'encoder.layer.{0..1}.output.dense' selects 2"),
+        ("encoder.layer.0.dense", "is no node of this graph", "'encoder.layer.0.output.dense'"),
+        ("encoder.*.norm", "selects no node", "'encoder.*.**.norm' selects 3"),
+        ("encoder.norm", "is no node of this graph", "'encoder.**.norm' selects 3"),
+        ("layer.*.dense", "selects no node", "'encoder.layer.*.output.dense' selects 3"),
+        ("layer.*.{query,value}", "selects no node", "'encoder.layer.*.attention.{query,value}' selects 6"),
+        ("**.layer.*.dense", "selects no node", "'**.layer.*.output.dense' selects 3"),
+        # the last part stays what it is
+        ("decoder.xyz.*.query", "selects no node", "query' selects 3"),
+        ("q.w.e.r.query", "is no node of this graph", "'**.query' selects 3"),
+        ("**.QUERY", "selects no node", "'**.query' selects 3"),
+        (".*query", "selects no node", "'**.*query' selects 3"),
     ],
 )
 def test_nothing_found_says_what_was_probably_meant(selector, message, nearest):
@@ -211,6 +225,58 @@ def test_the_nearest_outputs_calls_and_operations(blocks, selector, nearest):
     assert sorted(found) == sorted(nearest)
     for one in found:
         blocks.select(one.split("'")[1])
+
+
+def test_a_pattern_is_no_name(blocks):
+    with pytest.raises(ag.UnknownNode) as caught:
+        blocks["*.act"]
+    assert str(caught.value).splitlines()[:2] == [
+        "'*.act' is a pattern, and here is a place for the name of one node",
+        "    it selects   0.act, 1.act",
+    ]
+    assert caught.value.hint == "graph.select('*.act') for all of them, '0.act' for the first"
+    with pytest.raises(ag.UnknownNode, match="it selects   nothing"):
+        blocks["q*"]
+    with pytest.raises(ag.UnknownNode, match=r"'\*.act' is a pattern"):
+        blocks.splice("1.fc", lambda site: site.output + site.graph["*.act"])
+
+
+class Named(nn.Module):
+    """Gives a tensor and a dict of tensors, and a list of such dicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        return a + b, {"kept": a * 2, "two": b * 2}, {"two": b * 3}
+
+
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Named(), Named()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x, one, other = block(x)
+            x = x + one["kept"] + one["two"] + other["two"]
+        return x
+
+
+@pytest.mark.parametrize("block", ["blocks.1", "blocks.0"])
+def test_the_last_word_of_an_output_will_do_as_in_a_pattern(block):
+    graph = ag.trace(Names(), torch.randn(2, 4))
+    for label in ("kept", "two"):
+        # the pattern is of both blocks
+        both = [n for n in graph.select(f"blocks.*:{label}") if n.startswith(block)]
+        assert list(graph.select(f"{block}:{label}")) == both
+    assert list(graph.select(f"{block}:kept")) == [f"{block}:1:kept"]
+    assert list(graph.select(f"{block}:two")) == [f"{block}:1:two", f"{block}:2:two"]
+    assert graph.splice(f"{block}:kept", ag.Bottleneck(2)) == graph.splice(f"{block}:1:kept", ag.Bottleneck(2))
+    with pytest.raises(ag.UnknownNode, match=f"the model reads no output '1' of '{block}'"):
+        graph.select(f"{block}:1")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import adaptergraph as ag
@@ -140,6 +141,101 @@ def test_buffers_of_what_is_trained_are_saved(tmp_path):
     loaded = ag.load(net, tmp_path)
     assert torch.equal(loaded[1].running_mean, model[1].running_mean)
     assert not torch.equal(net[1].running_mean, model[1].running_mean)
+
+
+# ---------------------------------------------------------------------- what was trained by hand
+
+
+def by_hand(model):
+    model.classifier.requires_grad_(True)
+
+
+def another_head(model):
+    model.classifier = nn.Linear(16, 3)
+
+
+def a_wider_head(model):
+    model.classifier = nn.Linear(16, 5)
+
+
+@pytest.mark.parametrize("change", [by_hand, another_head, a_wider_head])
+def test_what_is_trained_by_hand_is_not_left_out_in_silence(change, tmp_path):
+    model = ag.trace(base(), IDS).splice("layer.*.fc", METHOD).compile()
+    change(model)
+    for left_out in (lambda: ag.save(model, tmp_path / "a"), lambda: ag.adapter_state(model)):
+        with pytest.raises(ag.GraphError) as caught:
+            left_out()
+        first, *sides = str(caught.value).splitlines()
+        assert first == "2 parameters of this Encoder would be left out: trained, but frozen in its graph"
+        assert sides[0].split() == ["classifier.weight", "graph", "frozen", "model", "requires_grad=True"]
+        assert "graph.unfreeze(['classifier.weight', 'classifier.bias']) before graph.compile()" in caught.value.hint
+    with pytest.raises(ag.GraphError, match="would be left out"):
+        ag.fit(model, {"ids": IDS, "labels": IDS[:, 0]}, loss=F.cross_entropy, folder=tmp_path / "a", progress=False)
+    assert not os.path.exists(tmp_path / "a")
+    model.requires_grad_(False)
+    ag.save(model, tmp_path / "a")
+
+
+def test_what_was_trained_by_hand_comes_along_as_the_message_says(tmp_path):
+    model = ag.trace(base(), IDS).splice("layer.*.fc", METHOD).compile()
+    by_hand(model)
+    randomised(model)
+    # what the message says
+    names = ["classifier.weight", "classifier.bias"]
+    model = ag.graph_of(model).unfreeze(names).compile(state=model.state_dict())
+    expected = randomised(ag.trace(base(), IDS).unfreeze("classifier").splice("layer.*.fc", METHOD).compile())
+    assert torch.equal(model(IDS), expected(IDS))
+    again = ag.load(base(), ag.save(model, tmp_path))
+    assert torch.equal(again(IDS), expected(IDS))
+
+
+def test_one_of_two_tied_parameters_that_was_put_apart_and_trained(tmp_path):
+    class Tied(Encoder):
+        def __init__(self):
+            super().__init__(classes=20)
+            self.classifier.weight = self.embed.weight
+
+    torch.manual_seed(0)
+    model = ag.trace(Tied(), IDS).unfreeze("embed").splice("layer.*.fc", METHOD).compile()
+    assert "embed.weight" in ag.adapter_state(model)
+    model.classifier.weight = nn.Parameter(torch.randn(20, 16))
+    with pytest.raises(ag.GraphError, match=r"^1 parameter of this Tied would be left out: trained, but frozen"):
+        ag.save(model, tmp_path / "a")
+
+
+def test_a_declared_host_trained_by_hand(tmp_path):
+    x = ag.input("x", shape=("batch", 8))
+    model = ag.Graph(ag.dense(x, 8, name="fc")).freeze().splice("fc", METHOD).compile()
+    model.fc.bias.requires_grad_(True)
+    with pytest.raises(ag.GraphError, match=r"graph\.unfreeze\(\['fc.bias'\]\)"):
+        ag.save(model, tmp_path / "a")
+
+
+def test_what_the_graph_does_not_know_gets_a_warning(tmp_path):
+    """Such as what another library puts into the model, and saves in a way of its own."""
+    model = randomised(graph().compile())
+    model.layer[0].fc.lora = nn.Linear(16, 1)
+    model.head = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
+    with pytest.warns(UserWarning, match="left out are") as caught:
+        ag.save(model, tmp_path / "a")
+    first, *sides = str(caught[0].message).splitlines()
+    assert first == "left out are 4 parameters of this Encoder that its graph does not know"
+    assert [side.split() for side in sides[:4]] == [
+        ["layer.0.fc.lora.weight", "trained"],
+        ["layer.0.fc.lora.bias", "trained"],
+        ["head.0.weight", "frozen"],
+        ["head.0.bias", "frozen"],
+    ]
+    assert torch.equal(ag.load(base(), tmp_path / "a")(IDS), model(IDS))
+
+
+def test_lora_of_another_library_gets_a_warning(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = ag.trace(base(), IDS).splice("layer.*.fc", METHOD).compile()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["classifier"]))
+    with pytest.warns(UserWarning, match="its graph does not know") as caught:
+        ag.save(model, tmp_path / "a")
+    assert "lora_A.default.weight   trained" in str(caught[0].message)
 
 
 def test_half_precision_bodies_and_shared_storage_can_be_saved(tmp_path):
@@ -396,6 +492,39 @@ def test_other_bodies_on_the_model_than_in_the_file(saved):
     assert "the graph has other splices than the adapter" in text
     assert "'layer.*.fc': Bottleneck(8)" in text
     assert "'layer.*.fc': Bottleneck(4, activation='gelu')" in text
+
+
+def test_a_graph_of_the_same_splices_that_trains_something_else(tmp_path):
+    plain = ag.trace(base(), IDS).splice("layer.*.fc", METHOD)
+    head = plain.unfreeze("classifier")
+    model = randomised(head.compile())
+    folder = ag.save(model, tmp_path / "head")
+    with pytest.raises(ag.StateMismatch) as caught:
+        ag.load(plain, folder)
+    text = str(caught.value).splitlines()
+    assert text[0] == "the graph does not train what the adapter trains"
+    assert text[1].split() == ["classifier.weight", "graph", "frozen", "adapter", "trained"]
+    # both ways out
+    assert torch.equal(ag.load(plain.unfreeze("classifier"), folder)(IDS), model(IDS))
+    assert torch.equal(ag.load(plain.unsplice(), folder)(IDS), model(IDS))
+
+    model = randomised(plain.compile())
+    folder = ag.save(model, tmp_path / "plain")
+    with pytest.raises(ag.StateMismatch, match=r"^the graph trains more of the host than the adapter") as caught:
+        ag.load(head, folder)
+    assert "graph.freeze(['classifier.weight', 'classifier.bias'])" in caught.value.hint
+    again = ag.load(head.freeze(["classifier.weight", "classifier.bias"]), folder)
+    assert torch.equal(again(IDS), model(IDS))
+
+
+def test_a_graph_with_the_same_method_elsewhere_shows_the_difference(saved):
+    folder, _ = saved
+    other = ag.trace(base(), IDS).unfreeze("classifier").splice("layer.*.fc", METHOD, name="other")
+    with pytest.raises(ag.StateMismatch, match="the graph has other splices than the adapter") as caught:
+        ag.load(other, folder)
+    mine, theirs = str(caught.value).splitlines()[1:3]
+    assert mine.endswith("after, name='other'")
+    assert theirs.endswith("after, name='adapter'")
 
 
 def test_files_that_are_not_there(tmp_path, saved):

@@ -6,7 +6,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     >>> sorted(path.name for path in folder.iterdir())
     ['a', 'b']
     """
-    try:
+    with _named_reason(folder):
         _refuse_what_is_in_the_way(folder, files)
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder, files)
@@ -43,6 +43,24 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             for name, draft in written.items():
                 os.replace(draft, folder / name)
         _sync(folder)
+
+
+def made_folder(folder: Path) -> Path:
+    """A folder that is there, and made if it was not.
+
+    Raises:
+        GraphError: it cannot be made; the path and the reason are named.
+    """
+    with _named_reason(folder):
+        _refuse_what_is_in_the_way(folder, ())
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _named_reason(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise GraphError(
             f"cannot write into {str(folder)!r}: {_reason(error)}",
@@ -67,7 +85,7 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _refuse_what_is_in_the_way(folder: Path, files: Mapping[str, bytes]) -> None:
+def _refuse_what_is_in_the_way(folder: Path, files: Iterable[str]) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a file" if folder.exists() else "a link to what is not there"
         raise GraphError(f"{str(folder)!r} is {kind}, not a folder", source=here(), hint="ag.save writes into a folder")

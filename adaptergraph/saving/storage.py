@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, StateMismatch, here, nearest, shortened
+from ..errors import GraphError, StateMismatch, here, nearest, quoted, shortened
 from ..graph import Graph
 from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
@@ -26,6 +26,7 @@ from ..splicing.hosts import hosts_of
 from ..state import load_values, put_back_on_error
 from ..tracing.arguments import from_example
 from ..tracing.trace import trace
+from .complete import changeable, refuse_left_out
 from .exchange import (
     ParamText,
     SpliceText,
@@ -79,16 +80,18 @@ class AdapterText(Strict):
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """What training can change in a compiled model, by key: bodies, unfrozen host parameters, and their buffers.
 
+    A parameter that the graph does not know, such as one that another library added, is left out with a warning.
+
     Raises:
-        GraphError: the model was not made by `graph.compile`, or was changed since: what is not there, or of another
-            shape, is listed.
+        GraphError: the model was not made by `graph.compile`, or was changed since: what is not there, of another
+            shape, or trained although it is frozen in the graph, is listed.
 
     >>> import adaptergraph as ag
     >>> list(adapter_state(ag.Adapter.build(8, 2).compile()))
     ['adapter.down.weight', 'adapter.down.bias', 'adapter.up.weight', 'adapter.up.bias']
     """
     graph, state = graph_of(model), inside(model).state_dict()
-    changed = [n for n in graph.params if n in graph.body_params or graph.trained[n]]
+    changed = changeable(graph)
     wrong: list[tuple[str, ...]] = []
     for name in changed:
         shape = graph.params[name].shape
@@ -105,6 +108,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             source=here(),
             hint="put back what was replaced, and undo parametrizations and pruning (prune.remove)",
         )
+    refuse_left_out(model)
     return {name: state[name].detach() for name in [*changed, *_buffers(model, changed)] if name in state}
 
 
@@ -200,8 +204,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        GraphError: the model was not made by `graph.compile`, a method is a function of yours, or the folder cannot be
-            written; the path and the reason are named.
+        GraphError: the model was not made by `graph.compile`, a method is a function of yours, something is trained
+            that is frozen in the graph (see `adapter_state`), or the folder cannot be written; the reason is named.
     """
     target = folder_of(folder, model, "save")
     _refuse_uncompiled(model, folder)
@@ -420,16 +424,24 @@ def _fitting(graph: Graph, data: AdapterText) -> Graph:
     check_host({n: list(p.shape) for n, p in own.items()}, data, name)
     spliced = _apply(host, data)
     if graph.splices and graph != spliced:
-        raise StateMismatch(
-            "the graph has other splices than the adapter",
-            sides=[
-                ("graph", ", ".join(f"{s.at!r}: {s.method}" for s in graph.splices)),
-                ("adapter", ", ".join(f"{s.at!r}: {s.method}" for s in spliced.splices)),
-            ],
-            source=here(),
-            hint="load onto the graph without splices",
-        )
+        _refuse_other_graph(graph, spliced)
     return spliced
+
+
+def _refuse_other_graph(graph: Graph, adapter: Graph) -> None:
+    """Says in what two spliced graphs of one host differ."""
+    what, hint = "has other splices than the adapter", "load onto the graph without splices: graph.unsplice()"
+    sides: list[tuple[str, ...]] = [("graph", _spoken(graph)), ("adapter", _spoken(adapter))]
+    if sides[0][1] == sides[1][1]:
+        words = {True: "trained", False: "frozen"}
+        differing = [n for n, t in graph.trained.items() if adapter.trained.get(n, t) != t]
+        what, hint = "does not train what the adapter trains", f"the same freeze and unfreeze as there, or {hint}"
+        sides = [(n, f"graph {words[graph.trained[n]]}", f"adapter {words[adapter.trained[n]]}") for n in differing]
+    raise StateMismatch(f"the graph {what}", sides=shortened(sides), source=here(), hint=hint)
+
+
+def _spoken(graph: Graph) -> str:
+    return ", ".join(f"{s.at!r}: {s.method}, {s.where}, name={s.name!r}" for s in graph.splices)
 
 
 def without_splices(graph: Graph) -> Graph:
@@ -456,11 +468,12 @@ def check_host(own: Mapping[str, list[int]], data: AdapterText, name: str) -> No
 
 
 def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor]) -> None:
-    needed = {n: list(p.shape) for n, p in graph.params.items() if n in graph.body_params or graph.trained[n]}
-    wrong = []
+    needed = {n: list(graph.params[n].shape) for n in changeable(graph)}
+    wrong, unfrozen = [], []
     for name, shape in needed.items():
         if name not in state:
             wrong.append((name, f"model {shape}", "file has none"))
+            unfrozen += [name] * (name not in graph.body_params)
         elif list(state[name].shape) != shape:
             wrong.append((name, f"model {shape}", f"file {list(state[name].shape)}"))
     owners = {n.rpartition(".")[0] for n in needed}
@@ -470,6 +483,9 @@ def _check_tensors(graph: Graph, data: AdapterText, state: Mapping[str, Tensor])
             wrong.append(
                 (name, f"nearest {close[0]}" if close else "model has none", f"file {list(state[name].shape)}")
             )
+    if wrong and len(wrong) == len(unfrozen):
+        hint = f"they were frozen when it was saved: graph.freeze([{quoted(unfrozen)}])"
+        mismatch("the graph trains more of the host than the adapter", wrong, hint)
     if wrong:
         mismatch("the tensors of the adapter do not fit", wrong)
 
