@@ -19,6 +19,7 @@ from .arguments import bound, by_name
 from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
+from .imports import Imports
 from .memory import another, can_be_viewed, overlap, place, storage, version
 from .outside import Outside
 from .parts import PLAIN, containers, is_fixed, replaced, tensors
@@ -498,13 +499,15 @@ class Operations(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self.imports = Imports()
 
     def __enter__(self) -> Any:
+        self.imports.__enter__()
         self.call = call = torch.jit.ScriptFunction.__call__
         thread, recorder = threading.get_ident(), self.recorder
 
         def seen(script: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or self.imports.loading:
                 return call(script, *args, **kwargs)
 
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -519,9 +522,12 @@ class Operations(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         torch.jit.ScriptFunction.__call__ = self.call  # type: ignore[method-assign]
+        self.imports.__exit__()
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.imports.loading:
+            return func(*args, **(kwargs or {}))
         return self.recorder.operation(func, args, kwargs or {})
 
 
