@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import random
 
+import numpy
 import pytest
 import torch
 from byhand import randomise
@@ -189,6 +191,72 @@ def test_a_model_that_asks_and_does_the_same_is_hosted(make):
         h = base.a(x)
         expected = base.b(h + bottleneck(model.drop.adapter, h)) + h
         torch.testing.assert_close(model(x), expected * (4 if make is Remembers else 1))
+
+
+CALLS = []
+DRAWS = {
+    "python": random.random,
+    "python, whole": lambda: random.randint(0, 10**9) / 1e9,
+    "numpy": lambda: float(numpy.random.rand()),
+}
+
+
+class Noisy(nn.Module):
+    """Draws a number, and has attention, which asks whether its arguments are one."""
+
+    def __init__(self, draw, layer):
+        super().__init__()
+        self.draw, self.fc, self.layer = draw, linear(), layer
+
+    def forward(self, x):
+        h = self.fc(x) * (0.5 + self.draw())
+        return self.layer(h, h, h)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(h)[0]
+
+
+LAYERS = {
+    "attention": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+    "lstm": lambda: nn.LSTM(6, 6, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_numbers_drawn_by_chance_are_the_same_in_both_runs(draw, layer):
+    model, x = Noisy(DRAWS[draw], LAYERS[layer]()).eval(), torch.randn(2, 3, 6)
+    assert asking(model.modules())
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    graph = ag.trace(model, x)
+    assert graph._nodes["layer"].inputs
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert all(numpy.array_equal(a, b) for a, b in zip(states[2], numpy.random.get_state(), strict=True))
+
+
+def count():
+    CALLS.append(1)
+    return float(len(CALLS))
+
+
+@pytest.mark.parametrize("draw", [count, random.SystemRandom().random], ids=["counts", "unseeded"])
+def test_a_model_that_is_never_the_same_is_refused_for_that_reason(draw):
+    CALLS.clear()
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(Noisy(draw, LAYERS["attention"]()).eval(), torch.randn(2, 3, 6))
+    lines = [" ".join(line.split()) for line in str(error.value).splitlines()]
+    assert lines[0] == (
+        "the forward of Noisy does something else each time it runs, and code in it asks whether two objects are one: "
+        "whether it would go another way with a body is not known"
+    )
+    assert "in one run mul" in lines
+    assert "in the next mul, which reads another value" in lines
+    assert any(line.startswith("asks MultiheadAttention.forward, ") for line in lines)
+    hint = (
+        "let it draw from the global generators of torch, Python or numpy, which begin each run of a trace alike, "
+        "and count nothing while it is traced"
+    )
+    assert f"to fix {hint}" in lines
+    # without code that asks there is nothing to compare
+    assert len(ag.trace(Noisy(draw, nn.Sequential(nn.Linear(6, 6))).eval(), torch.randn(2, 3, 6))) > 2
 
 
 @pytest.mark.parametrize("same", [True, False])

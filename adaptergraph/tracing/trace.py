@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import re
+import sys
 import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +36,7 @@ from ..shapes import quiet, uncollected
 from .arguments import example_of
 from .calls import Made, Record
 from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
-from .identity import Events, asking, refuse_other_way
+from .identity import Event, Events, asking, goes_another_way, unlike_itself
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder
 
@@ -68,7 +70,7 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
     """What a recorder saw, if the model does the same where each tensor is the very object it was before.
 
     Raises:
-        GraphError: it does not.
+        GraphError: it does not, or cannot be compared as it does something else in each run.
     """
 
     def make(model: nn.Module, apart: bool) -> Recorder:
@@ -76,14 +78,20 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
         recorder.events, recorder.apart = Events(), apart
         return recorder
 
+    def run(apart: bool) -> tuple[Recorder, list[Event]]:
+        recorder = recorded(model, args, kwargs, partial(make, apart=apart))
+        assert recorder.events is not None
+        return recorder, recorder.events.found
+
     # what a library computes once for all runs is there in the second pair of them
     for _ in range(2):
-        own, traced = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (False, True))
-        found = [r.events.found for r in (traced, own) if r.events is not None]
-        if found[0] == found[1]:
-            return traced
-    refuse_other_way(model, asked, *found)
-    return traced
+        (_, own), (recorder, traced) = run(False), run(True)
+        if own == traced:
+            return recorder
+    for before, apart in ((own, False), (traced, True)):
+        if before != (again := run(apart)[1]):
+            raise unlike_itself(model, asked, before, again)
+    raise goes_another_way(model, asked, own, traced)
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
@@ -247,6 +255,7 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_drawn_again())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
         stack.callback(recorder.empty)
@@ -304,6 +313,19 @@ def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
             if value or contents:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+@contextmanager
+def _drawn_again() -> Iterator[None]:
+    """The generators of Python and of numpy are afterwards where they were, so each run draws the same from them."""
+    state, numpy = random.getstate(), sys.modules.get("numpy.random")
+    own = None if numpy is None else numpy.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.set_state(own)
 
 
 def _contents(value: Any) -> Any:
