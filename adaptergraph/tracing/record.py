@@ -533,8 +533,13 @@ class Operations(TorchFunctionMode):
 
 def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
     """Those that a function wrote into: tensors over one storage count their changes together."""
+    if _replaces(func):
+        return [args[0]]
+    if args and isinstance(args[0], list | tuple) and op_name(func).endswith("_"):
+        # `torch._foreach_mul_` and its like: of fake tensors in lists no version counts this
+        return [t for _, t in tensors(args[0])]
     if len(changed) < 2:
-        return [args[0]] if _replaces(func) else changed
+        return changed
     target = [args[0]] if func is Tensor.__setitem__ else []
     target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
     return [t for t in changed if any(t is g for g in target)] or changed
