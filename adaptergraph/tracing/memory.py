@@ -14,6 +14,17 @@ def can_be_viewed(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
+def form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of a tensor.
+
+    Raises:
+        ValueError: it is nested, and says no shape.
+    """
+    if tensor.is_nested and tensor.layout == torch.strided:
+        raise ValueError("a nested tensor says no shape: make it with layout=torch.jagged, which does")
+    return tuple(tensor.shape), tensor.dtype
+
+
 def another(tensor: Tensor) -> Tensor:
     """A second tensor over the same elements."""
     if type(tensor) is FakeTensor and tensor.constant is None and not tensor.requires_grad:

@@ -20,8 +20,8 @@ from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
 from .imports import Imports
-from .memory import another, can_be_viewed, overlap, place, storage, version
-from .outside import Outside
+from .memory import another, can_be_viewed, form, overlap, place, storage, version
+from .outside import MEMORY, Outside
 from .parts import PLAIN, containers, is_fixed, replaced, tensors
 from .walks import Walks
 from .ways import NOTHING, Passed, Ways
@@ -102,7 +102,7 @@ class Recorder:
             for path, tensor in tensors(value):
                 key = ":".join([name, *(str(p).lstrip(".") for p in path)])
                 record = Record("input", "input", "", path=key)
-                record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+                record.outs[()] = form(tensor)
                 self.bind(tensor, record, ())
                 self.inputs.append(record)
 
@@ -244,8 +244,8 @@ class Recorder:
         """A module has run."""
         frame = self.frames.pop()
         caller = self.frames[-1]
-        for tensor, own, form in frame.given:
-            if (storage(own), place(own)) != form:
+        for tensor, own, was in frame.given:
+            if (storage(own), place(own)) != was:
                 # it was given another form or memory in place, also for those who gave it
                 tensor.data = own
                 self.stand_for(tensor, self.values[id(own)], frame, frozenset({(frame.scope, "entry", True)}))
@@ -309,7 +309,7 @@ class Recorder:
         for inner in frame.records:
             inner.into = record
         for path, tensor in outs:
-            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[path] = form(tensor)
             inner = frame.returned.get(id(tensor), tensor)
             self.axes.hand_on(self.values.get(id(inner)), (record, path))
             if self.made_in(inner, frame):
@@ -328,7 +328,7 @@ class Recorder:
             self.reads(record, inner, frame)
         elif (unseen := self.unseen(inner, frame)) is not None:
             record.op, record.reads = "unseen", unseen
-        record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+        record.outs[()] = form(tensor)
         self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         self.bind(tensor, record, ())
         caller.records.append(record)
@@ -351,7 +351,7 @@ class Recorder:
         """The event that gave a tensor; None for one that was there before the run."""
         if (reads := self.unseen(tensor, frame)) is not None:
             record = Record("op", "unseen", frame.scope, reads=reads)
-            record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[()] = form(tensor)
             self.bind(tensor, record, ())
             frame.records.append(record)
         return self.values.get(id(tensor))
@@ -395,11 +395,13 @@ class Recorder:
         if func is Tensor.__dlpack__ and not self.real:
             # it would give memory without values
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
+        frame = self.frames[-1]
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
         if self.events is not None:
-            self.events.note(self.frames[-1].scope, op_name(func), given, (*args, *kwargs.values()))
+            self.events.note(frame.scope, op_name(func), given, (*args, *kwargs.values()))
+        before = len(frame.records)
         result = func(*args, **kwargs)
         outs = list(tensors(result))
         if self.events is not None:
@@ -411,20 +413,18 @@ class Recorder:
             return result
         if self.walks.under_way:
             list(map(self.walks.used, given))
-        frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         if not self.real:
             refuse_other_dtype(record.op, given, self.parameters)
-        for tensor in given:
-            if self.origin(tensor, frame) is not None:
-                self.reads(record, tensor, frame)
-            elif id(tensor) in self.parameters:
-                record.params[self.parameters[id(tensor)]] = None
+        self.reads_all(record, given, frame)
+        # it called modules, as `torch.cond` does
+        record.reads += [(inner, inner.main) for inner in frame.records[before:] if inner.outs]
         if self.outside.left:
             record.reads += self.outside.back(record.op, args, kwargs)
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, lambda t: another(t) if any(t is g for g in given) else t)
             outs = list(tensors(result))
+        record.outs = {path: form(tensor) for path, tensor in outs}
         # a TorchScript function is called as it likes
         if getattr(func, "__module__", None) != __name__:
             results = [((record, path), tensor) for path, tensor in outs]
@@ -432,7 +432,6 @@ class Recorder:
         self.overwritten.update((self.values[id(t)], None) for t in mutated if id(t) in self.values)
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
-            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             if (origin := memory.get(storage(tensor))) is not None and tensor is not origin:
                 self.ways.derive(tensor, origin, view=record.number)
             if id(tensor) in self.values and any(tensor is t for t in mutated):
@@ -445,16 +444,27 @@ class Recorder:
         frame.records.append(record)
         return result
 
+    def reads_all(self, record: Record, given: list[Tensor], frame: Frame) -> None:
+        """An operation is given these tensors."""
+        for tensor in given:
+            if id(tensor) not in self.values and id(tensor) not in self.owned and tensor.is_nested:
+                # torch does not show what makes one
+                record.reads += self.earlier(frame)
+            elif self.origin(tensor, frame) is not None:
+                self.reads(record, tensor, frame)
+            elif id(tensor) in self.parameters:
+                record.params[self.parameters[id(tensor)]] = None
+
     def looked_at(self, name: str, given: list[Tensor], result: Any) -> None:
-        """An operation gave no tensor: on real values somebody may do something with what it gave."""
-        known = [self.held(t) for t in given if self.real and id(t) in self.values]
+        """An operation gave no tensor: somebody may do something with values, or with memory, that it gave."""
+        known = [self.held(t) for t in given if (self.real or name in MEMORY) and id(t) in self.values]
         self.kept += known
         self.outside.note(name, [value for value, _ in known], result)
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
         if key not in record.outs:
-            record.outs[key] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[key] = form(tensor)
             self.axes.hand_on(self.values.get(id(tensor)), (record, key))
         if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
@@ -476,7 +486,7 @@ class Recorder:
                 if old is not None:
                     record.reads.append(old)
                     self.axes.hand_on(old, (record, keys[where]))
-                record.outs[keys[where]] = (tuple(alias.shape), alias.dtype)
+                record.outs[keys[where]] = form(alias)
             self.values[id(alias)] = (record, keys[where])
 
     def done(self, returned: Any) -> None:

@@ -204,7 +204,9 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
 
 
 def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+    if not isinstance(value, Tensor):
+        return repr(value)[:60]
+    return f"{'nested' if value.is_nested else tuple(value.shape)} {value.dtype} on {value.device}"
 
 
 # ---------------------------------------------------------------------- running the model once
