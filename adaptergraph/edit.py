@@ -8,7 +8,7 @@ from typing import Any
 
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
-from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, here
+from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, check_flag, here
 from .graph import Diff, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
@@ -19,6 +19,7 @@ from .splicing.site import is_foreign, made
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:
     """See `Graph.freeze` and `Graph.unfreeze`."""
+    check_flag(bodies, "bodies")
     pool = [p for p in graph.params if (p in graph.body_params) == bodies]
     if at is None:
         return graph._with(overrides={**graph._overrides, **dict.fromkeys(pool, value)})

@@ -264,14 +264,14 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         if mode is not None:
             faked = Faker(mode)
             faked.swap(recorder.modules.values())
-            args, kwargs = _mapped(args, faked.given), _mapped(kwargs, faked.given)
+            args, kwargs = mapped(args, faked.given), mapped(kwargs, faked.given)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
             for twin in (*faked.twins.values(), *faked.further):
                 recorder.hold(twin)
             stack.enter_context(mode)
         else:
             recorder.real = True
-            args, kwargs = _mapped(args, torch.clone), _mapped(kwargs, torch.clone)
+            args, kwargs = mapped(args, torch.clone), mapped(kwargs, torch.clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
             for tensor in _held(model):
                 recorder.hold(tensor)
@@ -288,14 +288,14 @@ def _held(model: nn.Module) -> list[Tensor]:
     return list({id(t): t for table in tables for t in table.values() if isinstance(t, Tensor)}.values())
 
 
-def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+def mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """The same arguments with other tensors."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_mapped(v, fn) for v in value)
+        return type(value)(mapped(v, fn) for v in value)
     if type(value) is dict:
-        return {k: _mapped(v, fn) for k, v in value.items()}
+        return {k: mapped(v, fn) for k, v in value.items()}
     return value if type(value) in PLAIN else copy_over(value, fn)
 
 
@@ -371,7 +371,7 @@ class _Finish:
         self.recorder = recorder
         self.example = example_of(model, args, kwargs)
         copied = functools.cache(lambda tensor: tensor.detach().clone())
-        self.given = _mapped(args, copied), _mapped(kwargs, copied)
+        self.given = mapped(args, copied), mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}
