@@ -389,7 +389,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("weight_decay", _number, "a number from 0 up"),
     ("warmup", lambda v: _number(v) and v < 1, "a share of all steps, such as 0.06"),
     ("data", lambda v: v is not None, "a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors"),
-    ("seed", lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up, below 2**63"),
+    ("seed", lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up, of at most 63 bits"),
     ("progress", lambda v: isinstance(v, bool), "True or False"),
     ("schedule", lambda v: v in ("linear", "constant"), '"linear" or "constant"'),
     ("precision", lambda v: v in ("no", "bf16", "fp16"), '"bf16", "fp16" or "no"'),

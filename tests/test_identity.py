@@ -62,6 +62,13 @@ def one(first, second):
     return first is second
 
 
+class Hashed(Asking):
+    def forward(self, x):
+        h = self.a(x)
+        known = [hash(h)]
+        return self.b(h) if hash(self.drop(h)) in known else self.c(h)
+
+
 class Helped(Asking):
     """Asks in a function."""
 
@@ -126,6 +133,7 @@ REFUSED = {
     Operation: ("linear in 'b'", "linear in 'b', which reads another value", "b"),
     Registry: ("mul", "mul, which reads another value", None),
     Weights: ("linear", "linear, which reads another value", None),
+    Hashed: ("linear in 'b'", "linear in 'c'", "b"),
     Helped: ("linear in 'b'", "linear in 'c'", "b"),
     Decorated: ("linear in 'b'", "linear in 'c'", "b"),
     Given: ("linear in 'child.a'", "linear in 'child.b'", "child.a"),
@@ -155,6 +163,56 @@ def test_a_model_that_goes_another_way_is_refused(make):
     assert f"to fix {hint}" in lines
     assert error.value.node == node
     assert {n: id(p) for n, p in model.named_parameters()} == before
+
+
+class Pointed(Asking):
+    """Asks whether one tensor lies where another does; on real tensors if it looks at a value too."""
+
+    def __init__(self, other, looks):
+        super().__init__()
+        self.other, self.looks = other, looks
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.looks and h.sum().item() > 1e9:
+            h = h * 2
+        return self.b(h) if self.other(self, h).data_ptr() == h.data_ptr() else self.c(h)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_model_that_compares_addresses_across_a_module_is_refused(looks):
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(Pointed(lambda m, h: m.drop(h), looks).eval(), torch.randn(4, 6))
+    assert str(error.value).splitlines()[0] == (
+        "the forward of Pointed asks for the address of one memory before and after 'drop', "
+        "and a body there makes another of it"
+    )
+    assert error.value.hint == "let it ask for a setting, not data_ptr()"
+    assert error.value.node == "drop"
+
+
+ADDRESSES = {
+    "other": (lambda m, h: h * 1.0, "c"),
+    "same": (lambda m, h: h.view(4, 6), "b"),
+    "part": (lambda m, h: h[1:], "c"),
+    "first part": (lambda m, h: h[:1], "b"),
+    "weight": (lambda m, h: m.b.weight, "c"),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("other", ADDRESSES)
+def test_addresses_in_a_trace_say_what_those_of_the_model_do(other, looks):
+    way, way_taken = ADDRESSES[other]
+    base, x = Pointed(way, looks).eval(), torch.randn(4, 6)
+    graph = ag.trace(base, x)
+    assert graph.outputs == way_taken
+    torch.testing.assert_close(base(x), base.get_submodule(way_taken)(base.a(x)))
+    model = randomise(graph.splice("a", METHOD).compile(), 2.0)
+    with torch.no_grad():
+        h = base.a(x)
+        expected = base.get_submodule(way_taken)(h + bottleneck(model.a.adapter, h))
+        torch.testing.assert_close(model(x), expected)
 
 
 class Harmless(Asking):

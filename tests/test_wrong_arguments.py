@@ -129,7 +129,7 @@ def fit(**options):
         (lambda: GRAPH.freeze("**", bodies=torch.ones(3)), "bodies is True or False, not tensor"),
         (lambda: GRAPH.unfreeze("**", bodies="no"), "bodies is True or False, not 'no'"),
         (lambda: fit(data=None), "data=None cannot be\n(.*\n)*.*a list of samples"),
-        (lambda: fit(seed=10**30), "seed=1000000000000000000000000000000 cannot be\n(.*\n)*.*below 2"),
+        (lambda: fit(seed=10**30), "seed=1000000000000000000000000000000 cannot be\n(.*\n)*.*63 bits"),
         (lambda: fit(progress="no"), "progress='no' cannot be"),
         (lambda: fit(evaluate=lambda model: True), "evaluate= gives True, not numbers by name"),
         (lambda: fit(evaluate=lambda model: {"loss": "low"}), "evaluate= gives {'loss': 'low'}, not numbers by name"),

@@ -64,6 +64,17 @@ def goes_another_way(model: nn.Module, asked: list[str], own: list[Event], trace
     )
 
 
+def moves_memory(model: nn.Module, scope: str) -> GraphError:
+    """The refusal of a model that asks for the address of one memory before and after a place for a body."""
+    return GraphError(
+        f"the forward of {type(model).__name__} asks for the address of one memory before and after {scope!r}, "
+        "and a body there makes another of it",
+        node=scope,
+        source=here(),
+        hint="let it ask for a setting, not data_ptr()",
+    )
+
+
 def unlike_itself(model: nn.Module, asked: list[str], own: list[Event], again: list[Event]) -> GraphError:
     """The refusal of a model that does something else in each run, so that none of them can be compared."""
     one, other = _parting(own, again)
@@ -163,7 +174,7 @@ _IS = dis.opmap["IS_OP"]
 
 def _lines(code: types.CodeType, fixed: Collection[str]) -> Iterator[int]:
     """Where a code compares by identity with what is no constant, no global, and not fixed before all calls."""
-    if "id" in code.co_names:
+    if "id" in code.co_names or "hash" in code.co_names:
         yield code.co_firstlineno
     # every second byte is an instruction
     if _IS not in code.co_code[::2]:

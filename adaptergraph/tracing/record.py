@@ -20,11 +20,11 @@ from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
 from .imports import Imports
-from .memory import another, can_be_viewed, form, overlap, place, storage, version
+from .memory import another, can_be_viewed, form, overlap, place, storage, version, written
 from .outside import MEMORY, Outside
 from .parts import PLAIN, containers, is_fixed, replaced, tensors
 from .walks import Walks
-from .ways import NOTHING, Passed, Ways
+from .ways import NOTHING, Line, Passed, Ways, apart
 
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
 _CROWD = 32
@@ -74,12 +74,15 @@ class Recorder:
         # values, and the calls whose tensors they are
         self.kept: list[tuple[tuple[Record, Any], str]] = []
         self.seen: list[weakref.ref[Tensor]] = []
+        # the lines of memory whose address was asked for, and the calls that lie between two of one memory
+        self.addresses: dict[int, list[Line]] = {}
+        self.moved: list[str] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
         self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
-        self.lasting = {}
+        self.lasting, self.addresses = {}, {}
         if self.events is not None:
             self.events.forget()
         # the frames of its traceback hold tensors
@@ -395,6 +398,8 @@ class Recorder:
         if func is Tensor.__dlpack__ and not self.real:
             # it would give memory without values
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
+        if func is Tensor.data_ptr:
+            return self.address(args[0])
         frame = self.frames[-1]
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
@@ -407,7 +412,7 @@ class Recorder:
         if self.events is not None:
             self.events.number(t for _, t in outs)
         changed = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
-        mutated = _written(func, args, kwargs, changed, outs)
+        mutated = written(func, args, kwargs, changed, outs)
         if not outs and not mutated:
             self.looked_at(op_name(func), given, result)
             return result
@@ -454,6 +459,15 @@ class Recorder:
                 self.reads(record, tensor, frame)
             elif id(tensor) in self.parameters:
                 record.params[self.parameters[id(tensor)]] = None
+
+    def address(self, tensor: Tensor) -> int:
+        """Where the memory of a tensor lies, for code that asks; of a fake one, a number that no other memory has."""
+        self.looked_at("data_ptr", [tensor], 0)
+        line, asked = self.ways.lines.get(id(tensor)), self.addresses.setdefault(storage(tensor), [])
+        if tensor.is_floating_point():
+            self.moved += [scope for other in asked if other is not line for scope, _ in apart(other, line)]
+            asked.append(line)
+        return tensor.data_ptr() if self.real else int(storage(tensor) + tensor.storage_offset() * tensor.itemsize)
 
     def looked_at(self, name: str, given: list[Tensor], result: Any) -> None:
         """An operation gave no tensor: somebody may do something with values, or with memory, that it gave."""
@@ -539,22 +553,3 @@ class Operations(TorchFunctionMode):
         if self.imports.loading:
             return func(*args, **(kwargs or {}))
         return self.recorder.operation(func, args, kwargs or {})
-
-
-def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
-    """Those that a function wrote into: tensors over one storage count their changes together."""
-    if _replaces(func):
-        return [args[0]]
-    if args and isinstance(args[0], list | tuple) and op_name(func).endswith("_"):
-        # `torch._foreach_mul_` and its like: of fake tensors in lists no version counts this
-        return [t for _, t in tensors(args[0])]
-    if len(changed) < 2:
-        return changed
-    target = [args[0]] if func is Tensor.__setitem__ else []
-    target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
-    return [t for t in changed if any(t is g for g in target)] or changed
-
-
-def _replaces(func: Any) -> bool:
-    """Whether a function gives its first argument other memory, which no version counts."""
-    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"

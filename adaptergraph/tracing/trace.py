@@ -36,7 +36,7 @@ from ..shapes import quiet, uncollected
 from .arguments import example_of
 from .calls import Made, Record
 from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
-from .identity import Event, Events, asking, goes_another_way, unlike_itself
+from .identity import Event, Events, asking, goes_another_way, moves_memory, unlike_itself
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder
 
@@ -52,7 +52,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
             has bodies already, or shares a module with one that has; or it asks whether two tensors are one object, and
-            goes another way where a body would make two of them.
+            goes another way where a body would make two of them, or for the address of memory that a body replaces.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -63,6 +63,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     with uncollected():
         asked = asking(model.modules())
         recorder = _compared(model, args, kwargs, asked) if asked else recorded(model, args, kwargs, Recorder)
+        if recorder.moved:
+            raise moves_memory(model, recorder.moved[0])
         return _Finish(model, recorder, args, kwargs).graph()
 
 
