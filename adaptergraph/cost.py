@@ -22,6 +22,7 @@ from .graph import Graph
 from .hosting.sites import attach
 from .imported import Imported
 from .layers.table import OPS, runnable
+from .loading import Loading
 from .lower import lower
 from .node import Node, Param, format_shape
 from .shapes import Value, quiet
@@ -137,7 +138,7 @@ def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(graph.trained[tied.get(name, name)])
     try:
-        with quiet(), torch.random.fork_rng(devices=[]), mode:
+        with Loading(), quiet(), torch.random.fork_rng(devices=[]), mode:
             yield
     finally:
         own = {id(t) for t in (*model.parameters(), *model.buffers())}

@@ -191,7 +191,14 @@ def test_a_model_that_compares_addresses_across_a_module_is_refused(looks):
     assert error.value.node == "drop"
 
 
+def aligned(m, h):
+    """As code does that chooses a kernel."""
+    assert h.data_ptr() % 16 == m.b.weight.data_ptr() % 16 == 0
+    return h
+
+
 ADDRESSES = {
+    "aligned": (aligned, "b"),
     "other": (lambda m, h: h * 1.0, "c"),
     "same": (lambda m, h: h.view(4, 6), "b"),
     "part": (lambda m, h: h[1:], "c"),

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from ..axes import Axes, op_name
+from ..loading import Loading
 from .arguments import bound, by_name
 from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
-from .imports import Imports
 from .memory import another, can_be_viewed, form, overlap, place, storage, version, written
 from .outside import MEMORY, Outside
 from .parts import PLAIN, containers, is_fixed, replaced, tensors
@@ -74,8 +74,8 @@ class Recorder:
         # values, and the calls whose tensors they are
         self.kept: list[tuple[tuple[Record, Any], str]] = []
         self.seen: list[weakref.ref[Tensor]] = []
-        # the lines of memory whose address was asked for, and the calls that lie between two of one memory
-        self.addresses: dict[int, list[Line]] = {}
+        # memory whose address was asked for, as a number and with its lines; and the calls between two lines of one
+        self.addresses: dict[int, tuple[int, list[Line]]] = {}
         self.moved: list[str] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
@@ -463,11 +463,12 @@ class Recorder:
     def address(self, tensor: Tensor) -> int:
         """Where the memory of a tensor lies, for code that asks; of a fake one, a number that no other memory has."""
         self.looked_at("data_ptr", [tensor], 0)
-        line, asked = self.ways.lines.get(id(tensor)), self.addresses.setdefault(storage(tensor), [])
+        line = self.ways.lines.get(id(tensor))
+        number, asked = self.addresses.setdefault(storage(tensor), (len(self.addresses) + 1, []))
         if tensor.is_floating_point():
             self.moved += [scope for other in asked if other is not line for scope, _ in apart(other, line)]
             asked.append(line)
-        return tensor.data_ptr() if self.real else int(storage(tensor) + tensor.storage_offset() * tensor.itemsize)
+        return tensor.data_ptr() if self.real else (number << 40) + int(tensor.storage_offset()) * tensor.itemsize
 
     def looked_at(self, name: str, given: list[Tensor], result: Any) -> None:
         """An operation gave no tensor: somebody may do something with values, or with memory, that it gave."""
@@ -523,15 +524,15 @@ class Operations(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        self.imports = Imports()
+        self.loading = Loading()
 
     def __enter__(self) -> Any:
-        self.imports.__enter__()
+        self.loading.__enter__()
         self.call = call = torch.jit.ScriptFunction.__call__
         thread, recorder = threading.get_ident(), self.recorder
 
         def seen(script: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or self.imports.loading:
+            if threading.get_ident() != thread or self.loading.under_way:
                 return call(script, *args, **kwargs)
 
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -546,10 +547,10 @@ class Operations(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         torch.jit.ScriptFunction.__call__ = self.call  # type: ignore[method-assign]
-        self.imports.__exit__()
+        self.loading.__exit__()
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.imports.loading:
+        if self.loading.under_way:
             return func(*args, **(kwargs or {}))
         return self.recorder.operation(func, args, kwargs or {})

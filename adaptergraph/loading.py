@@ -1,4 +1,4 @@
-"""What a forward imports while it is traced is loaded as at any other time: its constants are real tensors. Floor 4."""
+"""What is imported during a run on fake tensors is loaded as at any other time: its constants are real. Floor 2."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 _BOOTSTRAP: Any = importlib._bootstrap
 _LOCK = threading.Lock()
 # of all threads; and what loads a module while none is under way
-_UNDER_WAY: list[Imports] = []
+_RUNS: list[Loading] = []
 _OWN: list[Callable[[ModuleSpec], ModuleType]] = []
 
 
-class Imports:
+class Loading:
     """A run under fake tensors, whose mode is left while this thread loads a module.
 
     Attributes:
-        loading: whether a module is being loaded: what is computed meanwhile is nothing of the forward's.
+        under_way: whether a module is being loaded: what is computed meanwhile is nothing of the run's.
     """
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.loading = False
+        self.under_way = False
 
-    def __enter__(self) -> Imports:
+    def __enter__(self) -> Loading:
         with _LOCK:
-            if not _UNDER_WAY:
+            if not _RUNS:
                 # all ways to import come here with a module that is not there yet
                 _OWN[:] = [_BOOTSTRAP._load_unlocked]
                 _BOOTSTRAP._load_unlocked = _load
-            _UNDER_WAY.append(self)
+            _RUNS.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
         with _LOCK:
-            _UNDER_WAY.remove(self)
-            if not _UNDER_WAY:
+            _RUNS.remove(self)
+            if not _RUNS:
                 _BOOTSTRAP._load_unlocked = _OWN[0]
 
 
 def _load(spec: ModuleSpec) -> ModuleType:
-    mine = [run for run in _UNDER_WAY if run.thread == threading.get_ident() and not run.loading]
+    mine = [run for run in _RUNS if run.thread == threading.get_ident() and not run.under_way]
     if not mine:
         return _OWN[0](spec)
     with unset_fake_temporarily():
         for run in mine:
-            run.loading = True
+            run.under_way = True
         try:
             return _OWN[0](spec)
         finally:
             for run in mine:
-                run.loading = False
+                run.under_way = False

@@ -81,6 +81,23 @@ def test_what_a_forward_imports_is_real(lazy, way, looks):
     assert importlib._bootstrap._load_unlocked is LOAD
 
 
+def test_what_a_module_of_a_declared_graph_imports_is_real(lazy):
+    graph = ag.Graph(ag.module(ag.input("x", shape=("batch", 4)), Importing(by_statement), name="m"))
+    assert type(sys.modules["lazily.constants"].TABLE) is Tensor
+    model, x = graph.compile(), torch.randn(2, 4)
+    assert torch.equal(model(x), model.m.fc(x) * 2)
+
+
+def test_what_is_imported_while_a_plan_is_made_is_real(lazy):
+    class InTraining(nn.Linear):
+        def forward(self, x):
+            return by_statement(super().forward(x)) if self.training else super().forward(x) * 2
+
+    plan = ag.trace(InTraining(4, 4), torch.randn(2, 4)).plan()
+    assert type(sys.modules["lazily.constants"].TABLE) is Tensor
+    assert plan.flops == 2 * 2 * 4 * 4
+
+
 def test_an_import_that_fails_leaves_nothing(lazy):
     def broken(h):
         import lazily_broken  # noqa: F401
