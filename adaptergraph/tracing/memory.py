@@ -23,9 +23,10 @@ def form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     Raises:
         ValueError: it is nested, and says no shape.
     """
-    if tensor.is_nested and tensor.layout == torch.strided:
-        raise ValueError("a nested tensor says no shape: make it with layout=torch.jagged, which does")
-    return tuple(tensor.shape), tensor.dtype
+    try:
+        return tuple(tensor.shape), tensor.dtype
+    except RuntimeError:
+        raise ValueError("a nested tensor says no shape: make it with layout=torch.jagged, which does") from None
 
 
 def another(tensor: Tensor) -> Tensor:

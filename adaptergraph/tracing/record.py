@@ -422,8 +422,9 @@ class Recorder:
         if not self.real:
             refuse_other_dtype(record.op, given, self.parameters)
         self.reads_all(record, given, frame)
-        # it called modules, as `torch.cond` does
-        record.reads += [(inner, inner.main) for inner in frame.records[before:] if inner.outs]
+        if len(frame.records) > before:
+            # it called modules, as `torch.cond` does
+            record.reads += [(inner, inner.main) for inner in frame.records[before:] if inner.outs]
         if self.outside.left:
             record.reads += self.outside.back(record.op, args, kwargs)
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
