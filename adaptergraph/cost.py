@@ -20,13 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from .errors import GraphError, here
 from .graph import Graph
 from .hosting.sites import attach
+from .imported import Imported
 from .layers.table import OPS, runnable
+from .loading import Loading
 from .lower import lower
 from .node import Node, Param, format_shape
 from .shapes import Value, quiet
 from .state import shared_copy
 from .tracing.arguments import from_example
 from .tracing.fakes import Faker, Fakes, clear_caches
+from .tracing.trace import mapped
 
 _ADAMW = 2 * 4  # two float32 moments for each trained parameter
 
@@ -135,7 +138,7 @@ def _weightless(model: nn.Module, graph: Graph) -> Iterator[None]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(graph.trained[tied.get(name, name)])
     try:
-        with quiet(), torch.random.fork_rng(devices=[]), mode:
+        with Loading(), quiet(), torch.random.fork_rng(devices=[]), mode:
             yield
     finally:
         own = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -229,12 +232,12 @@ def imported(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Cost, ...], 
             source=here(),
             hint="trace the model with arguments of that size, then graph.plan()",
         )
-    if origin.host is None or origin.example is None:
-        what = "came from a file and has no model" if origin.host is None else "was traced with other than tensors"
+    if origin.host is None or (origin.given is None and origin.example is None):
+        what = "and has no model" if origin.host is None else "which keeps no arguments but tensors and plain values"
         raise GraphError(
-            f"this graph {what}, and a plan runs the model",
+            f"this graph came from a file {what}, and a plan runs the model",
             source=here(),
-            hint="trace the model with tensors, and plan that graph",
+            hint="trace the model, and plan that graph",
         )
     # nothing of the model is copied but its module tree: the parameters are shared, and then swapped
     model = shared_copy(origin.host, {})
@@ -247,20 +250,26 @@ def imported(graph: Graph, sizes: Mapping[str, int]) -> tuple[tuple[Cost, ...], 
         for path, module in model.named_modules():
             module.register_forward_pre_hook(lambda m, a, name=names[path]: meter.enter(name))
             module.register_forward_hook(lambda m, a, out: meter.leave())
-        args, kwargs = from_example(model, origin.example)
+        args, kwargs = _arguments(model, origin)
         stack.enter_context(meter.on())
         try:
             model(*args, **kwargs)
         except Exception as error:
             raise _failed(meter.running[-1] or origin.cls, error) from error
-        args.clear()
-        kwargs.clear()
+        del args, kwargs
     own: dict[str, dict[str, Param]] = {}
     for name, param in graph.params.items():
         own.setdefault(names[name.rpartition(".")[0]], {})[name] = param
     rows = [meter.cost(n, type(m).__name__, own.get(n, {}), graph) for n, m in _named(model, names)]
-    shapes = {n: format_shape(tuple(v["shape"])) for n, v in origin.example.items() if "shape" in v}
-    return tuple(rows), shapes
+    return tuple(rows), {name: format_shape(node.shape) for name, node in graph.inputs.items()}
+
+
+def _arguments(model: nn.Module, origin: Imported) -> tuple[Any, Any]:
+    """Those of the traced call, over zeros."""
+    if origin.given is None:
+        return from_example(model, origin.example or {})
+    args, kwargs = (mapped(given, lambda t: torch.zeros(t.shape, dtype=t.dtype)) for given in origin.given)
+    return args, kwargs
 
 
 def _named(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,17 @@ from typing import Any
 
 from .bodies import Body
 from .collect import refuse_taken, remaining, unnamed, with_bodies
-from .errors import BadSplice, DuplicateName, GraphError, ShapeMismatch, Source, UnknownNode, here, quoted
+from .errors import (
+    BadSplice,
+    DuplicateName,
+    GraphError,
+    ShapeMismatch,
+    Source,
+    UnknownNode,
+    check_flag,
+    here,
+    quoted,
+)
 from .graph import Diff, Graph, leaves, prefixes
 from .names import check_input_name, check_name
 from .node import Node, format_shape
@@ -19,6 +29,7 @@ from .splicing.site import is_foreign, made
 
 def set_trained(graph: Graph, at: Selector | None, bodies: bool, value: bool) -> Graph:
     """See `Graph.freeze` and `Graph.unfreeze`."""
+    check_flag(bodies, "bodies")
     if at is None:
         if value:
             raise GraphError(

@@ -10,7 +10,7 @@ import linecache
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["BadSplice", "DuplicateName", "GraphError", "ShapeMismatch", "StateMismatch", "UnknownNode"]
 
@@ -116,6 +116,13 @@ class StateMismatch(GraphError):
     """Tensors or files that do not belong to this model."""
 
 
+def check_flag(value: Any, what: str, name: str | None = None) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise GraphError(f"{what} is True or False, not {value!r}", node=name, source=here())
+    return value
+
+
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
@@ -140,7 +147,7 @@ def suggestion(word: str, words: Iterable[str]) -> str:
     >>> suggestion("Relu", ["elu", "relu"])
     "did you mean 'relu'?"
     """
-    words = list(words)
+    word, words = str(word), list(words)
     # without regard to case: `Relu` would be nearer to `elu` than to `relu`
     folded = {w.lower(): w for w in reversed(words)}
     close = nearest(word.lower(), reversed(folded))

@@ -290,8 +290,7 @@ class _Trainer:
         self.given.model.eval()
         with torch.no_grad(), _random_state():
             if callable(self.judge):
-                found = self.judge(self.given.model).items()
-                return Evaluation(step, train_loss, None, {name: float(value) for name, value in found})
+                return Evaluation(step, train_loss, None, _judged(self.judge(self.given.model)))
             means = self._means(islice(self.judge, batches))
         return Evaluation(step, train_loss, means.pop("loss"), means)
 
@@ -393,7 +392,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lr clip", lambda v: _number(v) and v > 0, "a number above 0"),
     ("weight_decay", _number, "a number from 0 up"),
     ("warmup", lambda v: _number(v) and v < 1, "a share of all steps, such as 0.06"),
-    ("seed", lambda v: type(v) is int and v >= 0, "a whole number from 0 up"),
+    ("data", lambda v: v is not None, "a DataLoader, a Dataset, a list of samples, or a dict of equally long tensors"),
+    ("seed", lambda v: type(v) is int and 0 <= v < 2**63, "a whole number from 0 up, of at most 63 bits"),
+    ("progress", lambda v: isinstance(v, bool), "True or False"),
     ("schedule", lambda v: v in ("linear", "constant"), '"linear" or "constant"'),
     ("precision", lambda v: v in ("no", "bf16", "fp16"), '"bf16", "fp16" or "no"'),
     ("optimizer loss collate", callable, "a function"),
@@ -401,6 +402,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("metrics", lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "a dict of fn(output, batch)"),
     ("folder", lambda v: isinstance(v, str | Path), "a path"),
 )
+
+
+def _judged(found: Any) -> dict[str, float]:
+    """What a function given as `evaluate` found: numbers by name."""
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        hint = "return a dict such as {'accuracy': 0.9}"
+        raise GraphError(f"evaluate= gives {found!r}, not numbers by name", source=here(), hint=hint) from None
 
 
 def _check(given: SimpleNamespace) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .bodies import Body, Splice
-from .errors import UnknownNode, here
+from .errors import UnknownNode, check_flag, here
 from .names import path_of
 from .node import EMPTY, Node, Param
 from .select import Selection, Selector, one_name, select, unknown
@@ -124,7 +124,7 @@ class Graph(Verbs):
         return replace(self._nodes[name], graph=self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._nodes
+        return isinstance(name, str) and name in self._nodes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._nodes)
@@ -218,7 +218,11 @@ class Graph(Verbs):
         """The values a host gives, one for each call; empty for a module that is never called.
 
         `name@1` is one call of a module that is called several times, `name:1` or `name:hidden` one of several outputs.
+
+        Raises:
+            UnknownNode: there is no such host.
         """
+        name = one_name(name)
         if self.imported is not None:
             values = self.imported.values(name)
             if values is not None:
@@ -232,11 +236,12 @@ class Graph(Verbs):
         raise unknown(self, name)
 
     def op_of(self, name: str) -> str:
-        """What a node or module is: its op, or the class of an imported module."""
+        """What a node or module is: its op, or the class of an imported module. Raises: UnknownNode, it is none."""
         if self.imported is not None and name in self.imported.modules:
             return self.imported.modules[name].cls
         if name in self._nodes:
             return self._nodes[name].op
+        self.calls_of(name)
         return self.imported.modules[path_of(name)].cls if self.imported is not None else "block"
 
     def select(self, at: Selector) -> Selection:
@@ -551,7 +556,7 @@ class Graph(Verbs):
         """The graph as a table for the terminal; repeats are folded unless `fold=False`."""
         from .draw import summary
 
-        return summary(self, fold)
+        return summary(self, check_flag(fold, "fold"))
 
     def draw(self, path: Any = None, fold: bool = True, open: Sequence[str] = (), mark: Sequence[str] = ()) -> Any:
         """Draws the graph into a file (`.svg`, `.png`, `.pdf`, `.dot`, `.mmd`) or returns something a notebook shows.
@@ -564,19 +569,19 @@ class Graph(Verbs):
         """
         from .draw import draw
 
-        return draw(self, path, fold, open, mark)
+        return draw(self, path, check_flag(fold, "fold"), open, mark)
 
     def dot(self, fold: bool = True, open: Sequence[str] = ()) -> str:
         """The picture as Graphviz DOT text."""
         from .draw import dot
 
-        return dot(self, fold, open)
+        return dot(self, check_flag(fold, "fold"), open)
 
     def mermaid(self, fold: bool = True, open: Sequence[str] = ()) -> str:
         """The picture as Mermaid text, which GitHub draws."""
         from .draw import mermaid
 
-        return mermaid(self, fold, open)
+        return mermaid(self, check_flag(fold, "fold"), open)
 
     def _repr_svg_(self) -> str | None:
         from .draw import svg

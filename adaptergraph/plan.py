@@ -207,7 +207,8 @@ def plan_table(
 
     Raises:
         UnknownNode: a selector selects nothing.
-        GraphError: there is no placement or no size, or a placement is called `all`.
+        GraphError: it is given no graph, no placement, no list of sizes or no function of a size, or a placement is
+            called `all`.
 
     >>> import adaptergraph as ag
     >>> x = ag.input("x", shape=("batch", 768))
@@ -219,7 +220,13 @@ def plan_table(
     | second | 1 | 13,064 (1.11 %) | 99,136 (8.39 %) |
     | all | 2 | 26,128 (2.21 %) | 198,272 (16.79 %) |
     """
-    if not isinstance(at, Mapping) or not at or "all" in at or not sizes:
+    if not isinstance(graph, Graph):
+        hint = "ag.graph_of(model) of a compiled one, or ag.trace(model, …)"
+        raise GraphError(f"plan_table takes a graph, not a {type(graph).__name__}", source=here(), hint=hint)
+    if not callable(method):
+        hint = "method=lambda size: ag.Bottleneck(size, scale='learned')"
+        raise GraphError(f"method= is a function of a size, not {method!r}", source=here(), hint=hint)
+    if not isinstance(at, Mapping) or not at or "all" in at or not isinstance(sizes, Sequence) or not sizes:
         raise GraphError(
             "a table of plans needs sizes, and placements by label; `all` is the row of all of them",
             sides=[("at", repr(at)), ("sizes", repr(sizes))],

@@ -18,15 +18,22 @@ from .splicing.site import is_foreign, made
 
 def map_nodes(graph: Graph, fn: Callable[[Node], Node]) -> Graph:
     """See `Graph.map_nodes`."""
+    _check_function("map_nodes", fn, "node -> node")
     return rewrite_nodes(graph, lambda node: lambda inputs, output: fn(output))
 
 
 def reduce_nodes(graph: Graph, start: Any, fn: Callable[[Node, Any], Any]) -> Any:
     """See `Graph.reduce_nodes`."""
+    _check_function("reduce_nodes", fn, "(node, value so far) -> value")
     value = start
     for name in graph:
         value = fn(graph[name], value)
     return value
+
+
+def _check_function(verb: str, fn: Any, form: str) -> None:
+    if not callable(fn):
+        raise GraphError(f"{verb} takes a function {form}, not {fn!r}", source=here())
 
 
 class _Draft:
@@ -98,6 +105,7 @@ class _Draft:
 def rewrite_nodes(graph: Graph, rewriter: Callable[[Node], Any]) -> Graph:
     """See `Graph.rewrite_nodes`."""
     source = here()
+    _check_function("rewrite_nodes", rewriter, "node -> None, or a function (inputs, output) -> node")
     refuse_imported(graph, "rewrite_nodes")
     draft = _Draft(graph, source)
     for name, node in graph._nodes.items():

@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from .axes import Following
 from .errors import ShapeMismatch, Source
+from .loading import Loading
 from .node import Node, Param, Shape, format_shape
 
 # small enough for position tables of 512, in two orders, so that no simple sum or product of one is another both times
@@ -135,7 +136,7 @@ def _run(
     """One run on fake tensors of these sizes: the result and the parameters."""
     params: dict[str, Param] = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+    with Loading(), quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         with fake:
             sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
             given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]

@@ -642,7 +642,7 @@ def refused(expected, model=None, data=None, **options):
         ({"schedule": "cosine"}, 'schedule is "linear" or "constant"'),
         ({"precision": "float16"}, 'precision is "bf16", "fp16" or "no"'),
         ({"precision": torch.bfloat16}, 'precision is "bf16", "fp16" or "no"'),
-        ({"seed": 1.0}, "seed is a whole number from 0 up"),
+        ({"seed": 1.0}, "seed is a whole number from 0 up, of at most 63 bits"),
         ({"optimizer": "sgd"}, "optimizer is a function"),
         ({"loss": "mse"}, "loss is a function"),
         ({"loss": nn.CrossEntropyLoss}, r"loss is an instance of such a class: loss=nn.CrossEntropyLoss\(\)"),

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "adaptergraph"
 FLOORS = {
     "errors": 0,
     "names": 1,
+    "loading": 2,
     "node": 1,
     "imported": 1,
     "select": 1,
@@ -62,6 +63,7 @@ THIRD_PARTY = {
         "splicing",
         "axes",
         "shapes",
+        "loading",
         "layers",
         "tracing",
         "hosting",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import random
 
+import numpy
 import pytest
 import torch
 from byhand import randomise
@@ -58,6 +60,13 @@ class Weights(Asking):
 
 def one(first, second):
     return first is second
+
+
+class Hashed(Asking):
+    def forward(self, x):
+        h = self.a(x)
+        known = [hash(h)]
+        return self.b(h) if hash(self.drop(h)) in known else self.c(h)
 
 
 class Helped(Asking):
@@ -124,6 +133,7 @@ REFUSED = {
     Operation: ("linear in 'b'", "linear in 'b', which reads another value", "b"),
     Registry: ("mul", "mul, which reads another value", None),
     Weights: ("linear", "linear, which reads another value", None),
+    Hashed: ("linear in 'b'", "linear in 'c'", "b"),
     Helped: ("linear in 'b'", "linear in 'c'", "b"),
     Decorated: ("linear in 'b'", "linear in 'c'", "b"),
     Given: ("linear in 'child.a'", "linear in 'child.b'", "child.a"),
@@ -153,6 +163,63 @@ def test_a_model_that_goes_another_way_is_refused(make):
     assert f"to fix {hint}" in lines
     assert error.value.node == node
     assert {n: id(p) for n, p in model.named_parameters()} == before
+
+
+class Pointed(Asking):
+    """Asks whether one tensor lies where another does; on real tensors if it looks at a value too."""
+
+    def __init__(self, other, looks):
+        super().__init__()
+        self.other, self.looks = other, looks
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.looks and h.sum().item() > 1e9:
+            h = h * 2
+        return self.b(h) if self.other(self, h).data_ptr() == h.data_ptr() else self.c(h)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_model_that_compares_addresses_across_a_module_is_refused(looks):
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(Pointed(lambda m, h: m.drop(h), looks).eval(), torch.randn(4, 6))
+    assert str(error.value).splitlines()[0] == (
+        "the forward of Pointed asks for the address of one memory before and after 'drop', "
+        "and a body there makes another of it"
+    )
+    assert error.value.hint == "let it ask for a setting, not data_ptr()"
+    assert error.value.node == "drop"
+
+
+def aligned(m, h):
+    """As code does that chooses a kernel."""
+    assert h.data_ptr() % 16 == m.b.weight.data_ptr() % 16 == 0
+    return h
+
+
+ADDRESSES = {
+    "aligned": (aligned, "b"),
+    "other": (lambda m, h: h * 1.0, "c"),
+    "same": (lambda m, h: h.view(4, 6), "b"),
+    "part": (lambda m, h: h[1:], "c"),
+    "first part": (lambda m, h: h[:1], "b"),
+    "weight": (lambda m, h: m.b.weight, "c"),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("other", ADDRESSES)
+def test_addresses_in_a_trace_say_what_those_of_the_model_do(other, looks):
+    way, way_taken = ADDRESSES[other]
+    base, x = Pointed(way, looks).eval(), torch.randn(4, 6)
+    graph = ag.trace(base, x)
+    assert graph.outputs == way_taken
+    torch.testing.assert_close(base(x), base.get_submodule(way_taken)(base.a(x)))
+    model = randomise(graph.splice("a", METHOD).compile(), 2.0)
+    with torch.no_grad():
+        h = base.a(x)
+        expected = base.get_submodule(way_taken)(h + bottleneck(model.a.adapter, h))
+        torch.testing.assert_close(model(x), expected)
 
 
 class Harmless(Asking):
@@ -189,6 +256,72 @@ def test_a_model_that_asks_and_does_the_same_is_hosted(make):
         h = base.a(x)
         expected = base.b(h + bottleneck(model.drop.adapter, h)) + h
         torch.testing.assert_close(model(x), expected * (4 if make is Remembers else 1))
+
+
+CALLS = []
+DRAWS = {
+    "python": random.random,
+    "python, whole": lambda: random.randint(0, 10**9) / 1e9,
+    "numpy": lambda: float(numpy.random.rand()),
+}
+
+
+class Noisy(nn.Module):
+    """Draws a number, and has attention, which asks whether its arguments are one."""
+
+    def __init__(self, draw, layer):
+        super().__init__()
+        self.draw, self.fc, self.layer = draw, linear(), layer
+
+    def forward(self, x):
+        h = self.fc(x) * (0.5 + self.draw())
+        return self.layer(h, h, h)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(h)[0]
+
+
+LAYERS = {
+    "attention": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
+    "lstm": lambda: nn.LSTM(6, 6, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_numbers_drawn_by_chance_are_the_same_in_both_runs(draw, layer):
+    model, x = Noisy(DRAWS[draw], LAYERS[layer]()).eval(), torch.randn(2, 3, 6)
+    assert asking(model.modules())
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    graph = ag.trace(model, x)
+    assert graph._nodes["layer"].inputs
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert all(numpy.array_equal(a, b) for a, b in zip(states[2], numpy.random.get_state(), strict=True))
+
+
+def count():
+    CALLS.append(1)
+    return float(len(CALLS))
+
+
+@pytest.mark.parametrize("draw", [count, random.SystemRandom().random], ids=["counts", "unseeded"])
+def test_a_model_that_is_never_the_same_is_refused_for_that_reason(draw):
+    CALLS.clear()
+    with pytest.raises(ag.GraphError) as error:
+        ag.trace(Noisy(draw, LAYERS["attention"]()).eval(), torch.randn(2, 3, 6))
+    lines = [" ".join(line.split()) for line in str(error.value).splitlines()]
+    assert lines[0] == (
+        "the forward of Noisy does something else each time it runs, and code in it asks whether two objects are one: "
+        "whether it would go another way with a body is not known"
+    )
+    assert "in one run mul" in lines
+    assert "in the next mul, which reads another value" in lines
+    assert any(line.startswith("asks MultiheadAttention.forward, ") for line in lines)
+    hint = (
+        "let it draw from the global generators of torch, Python or numpy, which begin each run of a trace alike, "
+        "and count nothing while it is traced"
+    )
+    assert f"to fix {hint}" in lines
+    # without code that asks there is nothing to compare
+    assert len(ag.trace(Noisy(draw, nn.Sequential(nn.Linear(6, 6))).eval(), torch.randn(2, 3, 6))) > 2
 
 
 @pytest.mark.parametrize("same", [True, False])

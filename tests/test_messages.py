@@ -836,6 +836,18 @@ SPLICES = [
         "graph.splice(…, where='around') gives it the input too",
     ),
     (
+        lambda: chain().splice("a", lambda s: s.output + s.inputs["input"]),
+        B,
+        "a body 'after' 'a' sees its output only",
+        "graph.splice(…, where='around') gives it the input too",
+    ),
+    (
+        lambda: sums().splice("sum", lambda s: s.output + s.inputs["nope"], where="around"),
+        B,
+        "the host 'sum' reads no float tensor as 'nope'",
+        "one of: input, input_1",
+    ),
+    (
         lambda: sums().splice("sum", lambda s: s.output + s.input, where="around"),
         B,
         "the host 'sum' reads 2 float tensors, so its input is not one of them",

@@ -70,6 +70,55 @@ def test_what_comes_back_is_computed_from_what_left(way):
         torch.testing.assert_close(model(x), base.o(h + bottleneck(model.o.before, h)))
 
 
+class Shown(nn.Module):
+    """Ways on which torch shows what comes of a value to nobody."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.a, self.o = linear(), linear()
+
+    def forward(self, x):
+        return self.o(self.way(self, x))
+
+
+UNSHOWN = {
+    "cond": lambda m, x: torch.cond(x.isfinite().all(), m.a, lambda v: v * 2, (x,)),
+    "nested": lambda m, x: torch.nested.nested_tensor(list(m.a(x))).to_padded_tensor(0.0),
+    "memory": lambda m, x: torch.empty(0).set_(m.a(x).untyped_storage(), 0, (3, 6), (6, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", UNSHOWN)
+def test_a_body_at_what_torch_shows_to_nobody_is_taken(way):
+    base, x = Shown(UNSHOWN[way]).eval(), torch.randn(3, 6)
+    graph = ag.trace(base, x)
+    assert way == "memory" or above(graph, "o") >= {"x", "a"}
+    assert ag.Graph.from_json(graph.to_json()) == graph
+    assert "Linear" in str(graph.summary())
+    model = randomise(graph.splice("a", METHOD).compile(), 2.0).eval()
+    with torch.no_grad():
+        own, body = base.a, model.a.adapter
+        expected = Shown(UNSHOWN[way])
+        expected.o = base.o
+        expected.a = nn.Identity()
+        expected.a.forward = lambda v: own(v) + bottleneck(body, own(v))
+        output = model(x)
+        torch.testing.assert_close(output, expected(x))
+    assert not torch.allclose(output, base(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("given", [True, False])
+def test_a_nested_tensor_without_a_shape_is_refused(given):
+    rows = torch.nested.nested_tensor([torch.randn(2, 6), torch.randn(3, 6)])
+    base = Shown(lambda m, x: (m.a(x) if given else torch.nested.nested_tensor([m.a(x)]) * 2).to_padded_tensor(0.0))
+    with pytest.raises(ag.GraphError, match=r"a nested tensor says no shape: make it with layout=torch\.jagged"):
+        ag.trace(base, rows if given else torch.randn(3, 6))
+
+
 class InALeaf(nn.Module):
     """No child, and its value leaves torch and comes back inside it."""
 

@@ -68,6 +68,25 @@ class OutOfSight(Net):
         return self.c(y + h)
 
 
+class InAList(Net):
+    """No version of a fake tensor counts that."""
+
+    def forward(self, x):
+        h, other = self.n(self.a(x)), torch.ones_like(x)
+        y = self.b(h)
+        torch._foreach_mul_([h, other], 2.0)
+        return self.c(y + h) + other
+
+
+class CopiedInAList(Net):
+    """What 'n' gives is read by way of the write only."""
+
+    def forward(self, x):
+        h = self.a(x)
+        torch._foreach_copy_([h], [self.n(x)])
+        return self.c(h)
+
+
 class OverTheInput(Net):
     """Of the model itself."""
 
@@ -90,7 +109,7 @@ def tap(name):
     return lambda site: site.output + ag.dense(site.graph[name], 6, name="t")
 
 
-@pytest.mark.parametrize("cls", [ByActivation, ByOperation, ByResidual, ThroughAView, OutOfSight])
+@pytest.mark.parametrize("cls", [ByActivation, ByOperation, ByResidual, ThroughAView, OutOfSight, InAList])
 @pytest.mark.parametrize("adapted_too", [False, True])
 def test_a_tap_is_given_the_value_as_it_was(cls, adapted_too):
     base, x = cls().eval(), torch.randn(5, 6)
@@ -114,6 +133,13 @@ def test_a_tap_is_given_the_value_as_it_was(cls, adapted_too):
         # torch does not compile that
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x.clone()), output)
+
+
+def test_what_is_written_in_a_list_is_read():
+    base, x = CopiedInAList().eval(), torch.randn(5, 6)
+    model = randomise(ag.trace(base, x).splice("n", ag.Bottleneck(2)).compile(), 2.0)
+    body, h = model.n.adapter, base.n(x)
+    torch.testing.assert_close(model(x), base.c(h + body.up(torch.relu(body.down(h)))))
 
 
 def test_a_tap_of_the_models_input_is_given_it_as_it_was():

@@ -292,3 +292,28 @@ def test_the_table_in_the_docs_is_what_the_call_gives(bert):
     assert str(ag.plan_table(bert, at=PLACES)) in text
     for selector in PLACES.values():
         assert f'"{selector}"' in text
+
+
+def test_a_model_that_takes_a_list_of_tensors_costs_what_one_with_two_arguments_does():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x, y):
+            return self.fc(x) + self.fc(y)
+
+    class Several(Pair):
+        def forward(self, xs):
+            return super().forward(*xs)
+
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    one, two = (
+        ag.trace(model, *args).splice("fc", ag.Bottleneck(2)).plan()
+        for model, args in ((Several(), [[x, y]]), (Pair(), [x, y]))
+    )
+    assert one.sizes == {"xs:0": "3 × 8", "xs:1": "3 × 8"}
+    assert two.sizes == {"x": "3 × 8", "y": "3 × 8"}
+    assert (one.flops, one.activations) == (two.flops, two.activations)
+    # two calls of a linear layer and of its body, a multiply-add is two
+    assert one.flops == 2 * 2 * 3 * (8 * 4 + 4 * 2 + 2 * 4)

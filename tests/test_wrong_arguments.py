@@ -87,3 +87,78 @@ def test_verbs(call, message, tmp_path):
         call(folder)
     assert error.value.source is not None
     assert sorted(tmp_path.rglob("*")) == before
+
+
+AROUND = {"where": "around"}
+PAIRS = torch.utils.data.TensorDataset(torch.ones(3, 8), torch.ones(3, 8))
+
+
+def fit(**options):
+    return ag.fit(SPLICED.compile(), **{"data": PAIRS, "loss": nn.functional.mse_loss, "progress": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: GRAPH.splice("0", lambda s: s.output + s.inputs["nope"], **AROUND),
+            "the host '0' reads no float tensor as 'nope'\n    input   input   3 × 8\n(.*\n)*.*one of: input",
+        ),
+        (lambda: GRAPH.splice("0", lambda s: s.inputs["input"]), "a body 'after' '0' sees its output only"),
+        (lambda: GRAPH.splice("0", lambda: 1), "cannot be called with a site: too many positional arguments"),
+        (lambda: GRAPH.splice("0", lambda s, more: s), "cannot be called with a site: missing a required argument"),
+        (lambda: GRAPH.select("**").where(op=3), "none of the 4 selected nodes is left"),
+        (lambda: GRAPH.calls_of(3), "takes the name of one node, not 3"),
+        (lambda: GRAPH.op_of("nope"), "'nope' is no node of this graph"),
+        (lambda: DECLARED.op_of("nope"), "'nope' is no node of this graph"),
+        (lambda: GRAPH.op_of(None), "takes the name of one node, not None"),
+        (lambda: DECLARED.map_nodes(None), "map_nodes takes a function node -> node, not None"),
+        (lambda: DECLARED.rewrite_nodes(3), "rewrite_nodes takes a function node -> None, or a function .*, not 3"),
+        (lambda: GRAPH.reduce_nodes(0, None), r"reduce_nodes takes a function \(node, value so far\) -> value, not"),
+        (lambda: ag.plan_table(NET, at={"a": "0"}), "plan_table takes a graph, not a Sequential\n(.*\n)*.*graph_of"),
+        (lambda: ag.plan_table(GRAPH, at={"a": "0"}, sizes=8), "a table of plans needs sizes"),
+        (
+            lambda: ag.plan_table(GRAPH, at={"a": "0"}, method=ag.Bottleneck(8)),
+            r"method= is a function of a size, not Bottleneck\(8\)",
+        ),
+        (lambda: GRAPH.summary(fold="no"), "fold is True or False, not 'no'"),
+        (lambda: GRAPH.summary(fold=torch.ones(3)), "fold is True or False, not tensor"),
+        (lambda: GRAPH.draw(fold=1), "fold is True or False, not 1"),
+        (lambda: GRAPH.dot(fold=None), "fold is True or False, not None"),
+        (lambda: GRAPH.mermaid(fold=()), "fold is True or False, not "),
+        (lambda: GRAPH.freeze("**", bodies=torch.ones(3)), "bodies is True or False, not tensor"),
+        (lambda: GRAPH.unfreeze("**", bodies="no"), "bodies is True or False, not 'no'"),
+        (lambda: fit(data=None), "data=None cannot be\n(.*\n)*.*a list of samples"),
+        (lambda: fit(seed=10**30), "seed=1000000000000000000000000000000 cannot be\n(.*\n)*.*63 bits"),
+        (lambda: fit(progress="no"), "progress='no' cannot be"),
+        (lambda: fit(evaluate=lambda model: True), "evaluate= gives True, not numbers by name"),
+        (lambda: fit(evaluate=lambda model: {"loss": "low"}), "evaluate= gives {'loss': 'low'}, not numbers by name"),
+        (
+            lambda: ag.Fusion({"p": ag.Bottleneck(2), "q": ag.Bottleneck(2)}, temperature=float("nan")),
+            "a temperature is a positive number or 'learned', not nan",
+        ),
+        (
+            lambda: ag.Fusion({"p": ag.Bottleneck(2), "q": ag.Bottleneck(2)}, temperature=float("inf")),
+            "a temperature is a positive number or 'learned', not inf",
+        ),
+    ],
+)
+def test_verbs_that_read(call, message):
+    with pytest.raises(ag.GraphError, match=message) as error:
+        call()
+    assert error.value.source is not None
+
+
+def test_what_verbs_take_all_the_same():
+    assert ["0"] not in GRAPH
+    assert "0" in GRAPH
+    assert DECLARED.op_of("fc") == "dense"
+    assert GRAPH.op_of("0") == "Linear"
+    assert fit(evaluate=lambda model: {"score": torch.tensor(0.5)}, seed=2**63 - 1).history[-1].metrics == {
+        "score": 0.5
+    }
+    table = ag.plan_table(GRAPH, at={"a": "0"}, sizes=range(2, 4), method=ag.Bottleneck)
+    assert [row.size for row in table.rows] == [2, 3]
+    # a method written in C has no signature, and one with further optional arguments is one
+    body = GRAPH.splice("0", lambda site, size=2: ag.dense(site.output, 8, name="d"))
+    assert list(body.bodies) == ["0.adapter"]

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ..errors import GraphError, ShapeMismatch, Source, here, suggestion
+from ..errors import check_flag as check_flag
 from ..names import check_name
 from ..node import Node, check_present, format_shape
 from ..shapes import infer
@@ -175,13 +176,6 @@ def check_size(value: Any, what: str, name: str | None = None) -> int:
         raise GraphError(
             f"{what}{f' {name!r}' if name else ''} is a positive whole number, not {value!r}", node=name, source=here()
         )
-    return value
-
-
-def check_flag(value: Any, what: str, name: str | None = None) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise GraphError(f"{what} is True or False, not {value!r}", node=name, source=here())
     return value
 
 

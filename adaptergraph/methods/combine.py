@@ -195,7 +195,7 @@ class Fusion(_Combination):
     def __post_init__(self) -> None:
         _set(self, branches=_named(self, self.OWN))
         check_rate(self.dropout)
-        if self.temperature != "learned" and self.temperature <= 0:
+        if self.temperature != "learned" and not 0 < self.temperature < math.inf:
             raise GraphError(
                 f"a temperature is a positive number or 'learned', not {self.temperature!r}", source=here()
             )

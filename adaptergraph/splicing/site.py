@@ -37,6 +37,9 @@ class Site:
     where: str
     source: Source | None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", Inputs(self))
+
     @property
     def input(self) -> Node:
         """The float tensor the host reads; of several the one that has as many dimensions as its output.
@@ -45,6 +48,35 @@ class Site:
             BadSplice: it reads none, or several: use `site.inputs[name]`.
         """
         return main_input(self.name, self.where, self.inputs, self.output, self.source)[1]
+
+
+class Inputs(dict[str, Node]):
+    """What a host reads, by name of argument; another name is an error that lists these."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site.inputs)
+        self.site = site
+
+    def __missing__(self, name: object) -> Node:
+        host, where, source = self.site.name, self.site.where, self.site.source
+        if where == "after":
+            raise _sees_its_output(host, source)
+        raise BadSplice(
+            f"the host {host!r} reads no float tensor as {name!r}",
+            node=host,
+            sides=[(argument, node.name or "", format_shape(node.shape)) for argument, node in self.items()],
+            source=source,
+            hint=f"one of: {', '.join(self)}" if self else "splice elsewhere: it reads none that a body could see",
+        )
+
+
+def _sees_its_output(host: str, source: Source | None) -> BadSplice:
+    return BadSplice(
+        f"a body 'after' {host!r} sees its output only",
+        node=host,
+        source=source,
+        hint="graph.splice(…, where='around') gives it the input too",
+    )
 
 
 def main_input(
@@ -58,12 +90,7 @@ def main_input(
     if len(found) == 1:
         return next(iter(found.items()))
     if where == "after":
-        raise BadSplice(
-            f"a body 'after' {host!r} sees its output only",
-            node=host,
-            source=source,
-            hint="graph.splice(…, where='around') gives it the input too",
-        )
+        raise _sees_its_output(host, source)
     raise BadSplice(
         f"the host {host!r} reads {len(inputs)} float tensors, so its input is not one of them",
         node=host,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,14 @@ def splice(graph: Graph, at: Selector, method: Any, name: str, where: str | None
             place, what = (repr(at), "ag.Bottleneck(16)") if named else (repr(method), repr(at))
             hint = f"first where, then what: graph.splice({place}, {what})"
         raise BadSplice(f"{method!r} is no method and no callable site -> Node", source=source, hint=hint)
+    try:
+        inspect.signature(apply).bind(None)
+    except TypeError as error:
+        hint = "a method is a function of one argument: lambda site: ag.dense(site.output, …)"
+        raise BadSplice(f"{method!r} cannot be called with a site: {error}", source=source, hint=hint) from None
+    except ValueError:
+        # written in C: nobody knows
+        pass
     where = _where(at, getattr(method, "where", "after") if where is None else where, source)
     starts = starts_of(graph, at, source)
     hosts = hosts_of(graph, at, where, source)

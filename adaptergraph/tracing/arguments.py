@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .memory import form
+
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, as forward's signature says; the second of `*xs` is `xs_1`."""
@@ -49,14 +51,15 @@ def example_of(model: nn.Module, args: Any, kwargs: Any) -> Any:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            shape, dtype = form(value)
+            return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
         raise TypeError
 
     try:
         return {name: plain(value) for name, value in bound(model, args, kwargs).items()}
-    except TypeError:
+    except (TypeError, ValueError):
         return None
 
 

@@ -49,27 +49,55 @@ class Events:
         self.alive, self.numbers = [], {}
 
 
-def refuse_other_way(model: nn.Module, asked: list[str], traced: list[Event], own: list[Event]) -> None:
-    """Refuses a model that does something else with its own objects than with tensors of each call's own.
+def goes_another_way(model: nn.Module, asked: list[str], own: list[Event], traced: list[Event]) -> GraphError:
+    """The refusal of a model that does something else with its own objects than with tensors of each call's own.
 
-    Raises:
-        GraphError: and says what each run does where they part, and which code asks.
+    It says what each run does where they part, and which code asks.
     """
-    end: Event = ("", "the end", (), ())
-    pairs = zip([*traced, end], [*own, end], strict=False)
-    there, mine = next((a, b) for a, b in pairs if a != b)
-    other = ", which reads another value" if there[:2] == mine[:2] else ""
-    raise GraphError(
+    mine, there = _parting(own, traced)
+    return GraphError(
         f"the forward of {type(model).__name__} asks whether two tensors are one object, and goes another way if not",
         node=mine[0] or None,
-        sides=[("by itself", _place(mine)), ("in a trace", _place(there) + other), *(("asks", a) for a in asked[:3])],
+        sides=[("by itself", _place(mine)), ("in a trace", _place(there, mine)), *(("asks", a) for a in asked[:3])],
         source=here(),
         hint="a body makes another tensor of what a module hands through: let it ask for a setting, not `is` or id()",
     )
 
 
-def _place(event: Event) -> str:
-    return f"{event[1]} in {event[0]!r}" if event[0] else event[1]
+def moves_memory(model: nn.Module, scope: str) -> GraphError:
+    """The refusal of a model that asks for the address of one memory before and after a place for a body."""
+    return GraphError(
+        f"the forward of {type(model).__name__} asks for the address of one memory before and after {scope!r}, "
+        "and a body there makes another of it",
+        node=scope,
+        source=here(),
+        hint="let it ask for a setting, not data_ptr()",
+    )
+
+
+def unlike_itself(model: nn.Module, asked: list[str], own: list[Event], again: list[Event]) -> GraphError:
+    """The refusal of a model that does something else in each run, so that none of them can be compared."""
+    one, other = _parting(own, again)
+    return GraphError(
+        f"the forward of {type(model).__name__} does something else each time it runs, and code in it asks whether two "
+        "objects are one: whether it would go another way with a body is not known",
+        node=one[0] or None,
+        sides=[("in one run", _place(one)), ("in the next", _place(other, one)), *(("asks", a) for a in asked[:3])],
+        source=here(),
+        hint="let it draw from the global generators of torch, Python or numpy, which begin each run of a trace alike, "
+        "and count nothing while it is traced",
+    )
+
+
+def _parting(one: list[Event], other: list[Event]) -> tuple[Event, Event]:
+    """What each of two runs does where they part."""
+    end: Event = ("", "the end", (), ())
+    return next((a, b) for a, b in zip([*one, end], [*other, end], strict=False) if a != b)
+
+
+def _place(event: Event, than: Event | None = None) -> str:
+    place = f"{event[1]} in {event[0]!r}" if event[0] else event[1]
+    return place if than is None or event[:2] != than[:2] else f"{place}, which reads another value"
 
 
 def asking(modules: Iterable[nn.Module]) -> list[str]:
@@ -146,7 +174,7 @@ _IS = dis.opmap["IS_OP"]
 
 def _lines(code: types.CodeType, fixed: Collection[str]) -> Iterator[int]:
     """Where a code compares by identity with what is no constant, no global, and not fixed before all calls."""
-    if "id" in code.co_names:
+    if "id" in code.co_names or "hash" in code.co_names:
         yield code.co_firstlineno
     # every second byte is an instruction
     if _IS not in code.co_code[::2]:

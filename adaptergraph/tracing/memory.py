@@ -1,4 +1,4 @@
-"""Which memory a tensor shows, and which part of it. Floor 4."""
+"""Which memory a tensor shows, which part of it, and what writes into it. Floor 4."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
+from ..axes import op_name
+from .parts import tensors
+
 
 def can_be_viewed(tensor: Tensor) -> bool:
     """Whether another tensor can show the same memory."""
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of a tensor.
+
+    Raises:
+        ValueError: it is nested, and says no shape.
+    """
+    try:
+        return tuple(tensor.shape), tensor.dtype
+    except RuntimeError:
+        raise ValueError("a nested tensor says no shape: make it with layout=torch.jagged, which does") from None
 
 
 def another(tensor: Tensor) -> Tensor:
@@ -65,3 +80,22 @@ def _extent(tensor: Tensor) -> tuple[Any, Any]:
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = tensor.element_size()
     return tensor.storage_offset() * size, (tensor.storage_offset() + steps) * size
+
+
+def written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
+    """Those that a function wrote into: tensors over one storage count their changes together."""
+    if _replaces(func):
+        return [args[0]]
+    if args and isinstance(args[0], list | tuple) and op_name(func).endswith("_"):
+        # `torch._foreach_mul_` and its like: of fake tensors in lists no version counts this
+        return [t for _, t in tensors(args[0])]
+    if len(changed) < 2:
+        return changed
+    target = [args[0]] if func is Tensor.__setitem__ else []
+    target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
+    return [t for t in changed if any(t is g for g in target)] or changed
+
+
+def _replaces(func: Any) -> bool:
+    """Whether a function gives its first argument other memory, which no version counts."""
+    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"

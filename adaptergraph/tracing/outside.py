@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-# what gives the values of a tensor, or its memory, as something else
-_LEAVING = {"item", "tolist", "numpy", "array", "dlpack", "float", "int", "index", "complex"}
-_LEAVING |= {"data_ptr", "storage", "untyped_storage"}
+# what gives the memory of a tensor; or that, or its values, as something else
+MEMORY = {"data_ptr", "storage", "untyped_storage"}
+_LEAVING = MEMORY | {"item", "tolist", "numpy", "array", "dlpack", "float", "int", "index", "complex"}
 # what makes a tensor of anything
 _MAKING = {"tensor", "as_tensor", "asarray"}
 

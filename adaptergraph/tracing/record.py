@@ -15,15 +15,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from ..axes import Axes, op_name
+from ..loading import Loading
 from .arguments import bound, by_name
 from .calls import Frame, Made, Record
 from .fakes import refuse_other_dtype
 from .identity import Events
-from .memory import another, can_be_viewed, overlap, place, storage, version
-from .outside import Outside
+from .memory import another, can_be_viewed, form, overlap, place, storage, version, written
+from .outside import MEMORY, Outside
 from .parts import PLAIN, containers, is_fixed, replaced, tensors
 from .walks import Walks
-from .ways import NOTHING, Passed, Ways
+from .ways import NOTHING, Line, Passed, Ways, apart
 
 # of memory that is written into so many tensors are told apart; further ones are trusted to be arguments and results
 _CROWD = 32
@@ -73,12 +74,15 @@ class Recorder:
         # values, and the calls whose tensors they are
         self.kept: list[tuple[tuple[Record, Any], str]] = []
         self.seen: list[weakref.ref[Tensor]] = []
+        # memory whose address was asked for, as a number and with its lines; and the calls between two lines of one
+        self.addresses: dict[int, tuple[int, list[Line]]] = {}
+        self.moved: list[str] = []
 
     def forget(self) -> list[weakref.ref[Tensor]]:
         """Lets go of every tensor, and says which there were."""
         self.seen += [weakref.ref(t) for t in self.alive]
         self.alive, self.storages, self.values, self.parameters, self.ways = [], {}, {}, {}, Ways()
-        self.lasting = {}
+        self.lasting, self.addresses = {}, {}
         if self.events is not None:
             self.events.forget()
         # the frames of its traceback hold tensors
@@ -101,7 +105,7 @@ class Recorder:
             for path, tensor in tensors(value):
                 key = ":".join([name, *(str(p).lstrip(".") for p in path)])
                 record = Record("input", "input", "", path=key)
-                record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+                record.outs[()] = form(tensor)
                 self.bind(tensor, record, ())
                 self.inputs.append(record)
 
@@ -243,8 +247,8 @@ class Recorder:
         """A module has run."""
         frame = self.frames.pop()
         caller = self.frames[-1]
-        for tensor, own, form in frame.given:
-            if (storage(own), place(own)) != form:
+        for tensor, own, was in frame.given:
+            if (storage(own), place(own)) != was:
                 # it was given another form or memory in place, also for those who gave it
                 tensor.data = own
                 self.stand_for(tensor, self.values[id(own)], frame, frozenset({(frame.scope, "entry", True)}))
@@ -308,7 +312,7 @@ class Recorder:
         for inner in frame.records:
             inner.into = record
         for path, tensor in outs:
-            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[path] = form(tensor)
             inner = frame.returned.get(id(tensor), tensor)
             self.axes.hand_on(self.values.get(id(inner)), (record, path))
             if self.made_in(inner, frame):
@@ -327,7 +331,7 @@ class Recorder:
             self.reads(record, inner, frame)
         elif (unseen := self.unseen(inner, frame)) is not None:
             record.op, record.reads = "unseen", unseen
-        record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+        record.outs[()] = form(tensor)
         self.axes.hand_on(self.values.get(id(inner)), (record, ()))
         self.bind(tensor, record, ())
         caller.records.append(record)
@@ -350,7 +354,7 @@ class Recorder:
         """The event that gave a tensor; None for one that was there before the run."""
         if (reads := self.unseen(tensor, frame)) is not None:
             record = Record("op", "unseen", frame.scope, reads=reads)
-            record.outs[()] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[()] = form(tensor)
             self.bind(tensor, record, ())
             frame.records.append(record)
         return self.values.get(id(tensor))
@@ -394,36 +398,39 @@ class Recorder:
         if func is Tensor.__dlpack__ and not self.real:
             # it would give memory without values
             raise DataDependentOutputException(func)  # type: ignore[arg-type]
+        if func is Tensor.data_ptr:
+            return self.address(args[0])
+        frame = self.frames[-1]
         values = (v for v in (*args, *kwargs.values()) if type(v) not in PLAIN)
         given = [t for value in values for _, t in tensors(value)]
         versions = [version(t) for t in given]
         if self.events is not None:
-            self.events.note(self.frames[-1].scope, op_name(func), given, (*args, *kwargs.values()))
+            self.events.note(frame.scope, op_name(func), given, (*args, *kwargs.values()))
+        before = len(frame.records)
         result = func(*args, **kwargs)
         outs = list(tensors(result))
         if self.events is not None:
             self.events.number(t for _, t in outs)
         changed = [t for t, v in zip(given, versions, strict=True) if version(t) != v]
-        mutated = _written(func, args, kwargs, changed, outs)
+        mutated = written(func, args, kwargs, changed, outs)
         if not outs and not mutated:
             self.looked_at(op_name(func), given, result)
             return result
         if self.walks.under_way:
             list(map(self.walks.used, given))
-        frame = self.frames[-1]
         record = Record("op", op_name(func), frame.scope)
         if not self.real:
             refuse_other_dtype(record.op, given, self.parameters)
-        for tensor in given:
-            if self.origin(tensor, frame) is not None:
-                self.reads(record, tensor, frame)
-            elif id(tensor) in self.parameters:
-                record.params[self.parameters[id(tensor)]] = None
+        self.reads_all(record, given, frame)
+        if len(frame.records) > before:
+            # it called modules, as `torch.cond` does
+            record.reads += [(inner, inner.main) for inner in frame.records[before:] if inner.outs]
         if self.outside.left:
             record.reads += self.outside.back(record.op, args, kwargs)
         if self.apart and not mutated and any(t is g for _, t in outs for g in given):
             result = replaced(result, lambda t: another(t) if any(t is g for g in given) else t)
             outs = list(tensors(result))
+        record.outs = {path: form(tensor) for path, tensor in outs}
         # a TorchScript function is called as it likes
         if getattr(func, "__module__", None) != __name__:
             results = [((record, path), tensor) for path, tensor in outs]
@@ -431,7 +438,6 @@ class Recorder:
         self.overwritten.update((self.values[id(t)], None) for t in mutated if id(t) in self.values)
         memory = {storage(t): t for t in reversed(given)}
         for path, tensor in outs:
-            record.outs[path] = (tuple(tensor.shape), tensor.dtype)
             if (origin := memory.get(storage(tensor))) is not None and tensor is not origin:
                 self.ways.derive(tensor, origin, view=record.number)
             if id(tensor) in self.values and any(tensor is t for t in mutated):
@@ -444,16 +450,37 @@ class Recorder:
         frame.records.append(record)
         return result
 
+    def reads_all(self, record: Record, given: list[Tensor], frame: Frame) -> None:
+        """An operation is given these tensors."""
+        for tensor in given:
+            if id(tensor) not in self.values and id(tensor) not in self.owned and tensor.is_nested:
+                # torch does not show what makes one
+                record.reads += self.earlier(frame)
+            elif self.origin(tensor, frame) is not None:
+                self.reads(record, tensor, frame)
+            elif id(tensor) in self.parameters:
+                record.params[self.parameters[id(tensor)]] = None
+
+    def address(self, tensor: Tensor) -> int:
+        """Where the memory of a tensor lies, for code that asks; of a fake one, a number that no other memory has."""
+        self.looked_at("data_ptr", [tensor], 0)
+        line = self.ways.lines.get(id(tensor))
+        number, asked = self.addresses.setdefault(storage(tensor), (len(self.addresses) + 1, []))
+        if tensor.is_floating_point():
+            self.moved += [scope for other in asked if other is not line for scope, _ in apart(other, line)]
+            asked.append(line)
+        return tensor.data_ptr() if self.real else (number << 40) + int(tensor.storage_offset()) * tensor.itemsize
+
     def looked_at(self, name: str, given: list[Tensor], result: Any) -> None:
-        """An operation gave no tensor: on real values somebody may do something with what it gave."""
-        known = [self.held(t) for t in given if self.real and id(t) in self.values]
+        """An operation gave no tensor: somebody may do something with values, or with memory, that it gave."""
+        known = [self.held(t) for t in given if (self.real or name in MEMORY) and id(t) in self.values]
         self.kept += known
         self.outside.note(name, [value for value, _ in known], result)
 
     def changed(self, tensor: Tensor, record: Record, key: Any) -> None:
         """An event wrote into a tensor: whatever shares that memory has a new value."""
         if key not in record.outs:
-            record.outs[key] = (tuple(tensor.shape), tensor.dtype)
+            record.outs[key] = form(tensor)
             self.axes.hand_on(self.values.get(id(tensor)), (record, key))
         if all(tensor is not t for t in self.storages.get(storage(tensor), ())) or id(tensor) not in self.values:
             self.bind(tensor, record, key)
@@ -475,7 +502,7 @@ class Recorder:
                 if old is not None:
                     record.reads.append(old)
                     self.axes.hand_on(old, (record, keys[where]))
-                record.outs[keys[where]] = (tuple(alias.shape), alias.dtype)
+                record.outs[keys[where]] = form(alias)
             self.values[id(alias)] = (record, keys[where])
 
     def done(self, returned: Any) -> None:
@@ -498,13 +525,15 @@ class Operations(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self.loading = Loading()
 
     def __enter__(self) -> Any:
+        self.loading.__enter__()
         self.call = call = torch.jit.ScriptFunction.__call__
         thread, recorder = threading.get_ident(), self.recorder
 
         def seen(script: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or self.loading.under_way:
                 return call(script, *args, **kwargs)
 
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -519,21 +548,10 @@ class Operations(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         torch.jit.ScriptFunction.__call__ = self.call  # type: ignore[method-assign]
+        self.loading.__exit__()
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.loading.under_way:
+            return func(*args, **(kwargs or {}))
         return self.recorder.operation(func, args, kwargs or {})
-
-
-def _written(func: Any, args: Any, kwargs: Any, changed: list[Tensor], outs: list[Any]) -> list[Tensor]:
-    """Those that a function wrote into: tensors over one storage count their changes together."""
-    if len(changed) < 2:
-        return [args[0]] if _replaces(func) else changed
-    target = [args[0]] if func is Tensor.__setitem__ else []
-    target += [t for _, t in tensors(kwargs.get("out"))] + [t for _, t in outs]
-    return [t for t in changed if any(t is g for g in target)] or changed
-
-
-def _replaces(func: Any) -> bool:
-    """Whether a function gives its first argument other memory, which no version counts."""
-    return getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__"

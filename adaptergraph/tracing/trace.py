@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import random
 import re
+import sys
 import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ from ..shapes import quiet, uncollected
 from .arguments import example_of
 from .calls import Made, Record
 from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
-from .identity import Events, asking, refuse_other_way
+from .identity import Event, Events, asking, goes_another_way, moves_memory, unlike_itself
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder
 
@@ -51,7 +53,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Raises:
         GraphError: the forward fails with these arguments, or needs real data that a meta model has not; or the model
             has bodies already, or shares a module with one that has; or it asks whether two tensors are one object, and
-            goes another way where a body would make two of them.
+            goes another way where a body would make two of them, or for the address of memory that a body replaces.
 
     >>> import adaptergraph as ag
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -62,6 +64,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     with uncollected():
         asked = asking(model.modules())
         recorder = _compared(model, args, kwargs, asked) if asked else recorded(model, args, kwargs, Recorder)
+        if recorder.moved:
+            raise moves_memory(model, recorder.moved[0])
         return _Finish(model, recorder, args, kwargs).graph()
 
 
@@ -69,7 +73,7 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
     """What a recorder saw, if the model does the same where each tensor is the very object it was before.
 
     Raises:
-        GraphError: it does not.
+        GraphError: it does not, or cannot be compared as it does something else in each run.
     """
 
     def make(model: nn.Module, apart: bool) -> Recorder:
@@ -77,14 +81,20 @@ def _compared(model: nn.Module, args: Any, kwargs: Any, asked: list[str]) -> Rec
         recorder.events, recorder.apart = Events(), apart
         return recorder
 
+    def run(apart: bool) -> tuple[Recorder, list[Event]]:
+        recorder = recorded(model, args, kwargs, partial(make, apart=apart))
+        assert recorder.events is not None
+        return recorder, recorder.events.found
+
     # what a library computes once for all runs is there in the second pair of them
     for _ in range(2):
-        own, traced = (recorded(model, args, kwargs, partial(make, apart=apart)) for apart in (False, True))
-        found = [r.events.found for r in (traced, own) if r.events is not None]
-        if found[0] == found[1]:
-            return traced
-    refuse_other_way(model, asked, *found)
-    return traced
+        (_, own), (recorder, traced) = run(False), run(True)
+        if own == traced:
+            return recorder
+    for before, apart in ((own, False), (traced, True)):
+        if before != (again := run(apart)[1]):
+            raise unlike_itself(model, asked, before, again)
+    raise goes_another_way(model, asked, own, traced)
 
 
 def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recorder]) -> Recorder:
@@ -199,13 +209,19 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
 
 
 def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else _short(value)
+    if not isinstance(value, Tensor):
+        return _short(value)
+    return f"{_form(value)} {value.dtype} on {value.device}"
+
+
+def _form(value: Tensor) -> Any:
+    return "nested" if value.is_nested else tuple(value.shape)
 
 
 def _short(value: Any) -> str:
     """A value on one line; of tensors in a list or dict only their shapes."""
     if isinstance(value, Tensor):
-        return f"<{tuple(value.shape)} {value.dtype}>"
+        return f"<{_form(value)} {value.dtype}>"
     if isinstance(value, list | tuple):
         inner = ", ".join(map(_short, value[:4])) + ", …" * (len(value) > 4)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
@@ -264,20 +280,21 @@ def _run(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any, mode: Fak
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_drawn_again())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_undisturbed(recorder.modules.values()))
         stack.callback(recorder.empty)
         if mode is not None:
             faked = Faker(mode)
             faked.swap(recorder.modules.values())
-            args, kwargs = _mapped(args, faked.given), _mapped(kwargs, faked.given)
+            args, kwargs = mapped(args, faked.given), mapped(kwargs, faked.given)
             recorder.parameters = {id(faked(p)): n for n, p in recorder.named}
             for twin in (*faked.twins.values(), *faked.further):
                 recorder.hold(twin)
             stack.enter_context(mode)
         else:
             recorder.real = True
-            args, kwargs = _mapped(args, torch.clone), _mapped(kwargs, torch.clone)
+            args, kwargs = mapped(args, torch.clone), mapped(kwargs, torch.clone)
             recorder.parameters = {id(p): n for n, p in recorder.named}
             for tensor in _held(model):
                 recorder.hold(tensor)
@@ -294,14 +311,14 @@ def _held(model: nn.Module) -> list[Tensor]:
     return list({id(t): t for table in tables for t in table.values() if isinstance(t, Tensor)}.values())
 
 
-def _mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+def mapped(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """The same arguments with other tensors."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_mapped(v, fn) for v in value)
+        return type(value)(mapped(v, fn) for v in value)
     if type(value) is dict:
-        return {k: _mapped(v, fn) for k, v in value.items()}
+        return {k: mapped(v, fn) for k, v in value.items()}
     return value if type(value) in PLAIN else copy_over(value, fn)
 
 
@@ -321,6 +338,19 @@ def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
             if value or contents:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(contents)
+
+
+@contextmanager
+def _drawn_again() -> Iterator[None]:
+    """The generators of Python and of numpy are afterwards where they were, so each run draws the same from them."""
+    state, numpy = random.getstate(), sys.modules.get("numpy.random")
+    own = None if numpy is None else numpy.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.set_state(own)
 
 
 def _contents(value: Any) -> Any:
@@ -364,7 +394,7 @@ class _Finish:
         self.recorder = recorder
         self.example = example_of(model, args, kwargs)
         copied = functools.cache(lambda tensor: tensor.detach().clone())
-        self.given = _mapped(args, copied), _mapped(kwargs, copied)
+        self.given = mapped(args, copied), mapped(kwargs, copied)
         self.nodes: dict[str, Node] = {}
         self.scopes: dict[str, str] = {}
         self.readers: dict[str, str] = {}

@@ -57,7 +57,7 @@ class Ways:
         if id(tensor) not in self.owners or not tensor.is_floating_point():
             return NOTHING
         for one, other in self.writes.pop(id(tensor), ()):
-            for view in _apart(one, other):
+            for view in apart(one, other):
                 self.tied.setdefault(view, reader.scope)
         owner, past = self.owners[id(tensor)]
         if owner is reader:
@@ -80,14 +80,14 @@ class Ways:
         past = {p for p in self.owners[id(alias)][1] if p[2]} if id(alias) in self.owners else set()
         one, other = self.lines.get(id(alias)), self.lines.get(id(tensor))
         if one is not other:
-            past |= {(scope, at, True) for scope, at in _apart(one, other)}
+            past |= {(scope, at, True) for scope, at in apart(one, other)}
         self.owners[id(alias)] = (writer, frozenset(past))
         one, other = self.views.get(id(alias)), self.views.get(id(tensor))
         if one is not other:
             self.writes.setdefault(id(alias), []).append((one, other))
 
 
-def _apart(one: Line, other: Line) -> list[Any]:
+def apart(one: Line, other: Line) -> list[Any]:
     """What only one of two lines has passed."""
     ends = _ends(one), _ends(other)
     return [line[0] for mine, theirs in (ends, ends[::-1]) for key, line in mine.items() if key not in theirs]
