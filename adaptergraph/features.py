@@ -25,7 +25,7 @@ def axis_of(node: Node) -> int:
 
     Raises:
         ShapeMismatch: neither what made the value nor what reads it tells, and there are convolutions, which have their
-            features elsewhere than the layers of a transformer.
+            features elsewhere than the layers of a transformer; or a model has one number for each row there.
 
     >>> import adaptergraph as ag
     >>> axis_of(ag.conv(ag.input("x", shape=("batch", 3, 8, 8)), 16, kernel_size=3))
@@ -35,7 +35,7 @@ def axis_of(node: Node) -> int:
     """
     rank = len(node.shape or ())
     axis = node.axis if node.axis is not None else _told(node)
-    if axis is None and rank > 2:
+    if axis is None and rank:
         name = node.name or node.op
         raise ShapeMismatch(
             f"it is not known which dimension of {name!r} holds its features",
@@ -117,11 +117,16 @@ def _spec(nodes: Mapping[str, Node], node: Node) -> Spec:
     return infer(node.op, runnable(node.op, node.options), inputs, node.options, node.source, node.name)
 
 
-def last_without_convolutions(nodes: Mapping[str, Node], convolutions: Iterable[str]) -> dict[str, Node]:
-    """The same nodes; where no convolution is anywhere, those of which nothing is known have their features last."""
+def last_without_convolutions(nodes: Mapping[str, Node], convolutions: Iterable[str], rank: int = 1) -> dict[str, Node]:
+    """The same nodes; where no convolution is anywhere, those of which nothing is known have their features last.
+
+    Args:
+        rank: those that have fewer dimensions have no features: the one dimension of a score for each row is the batch.
+    """
     if any(True for _ in convolutions):
         return dict(nodes)
-    return {name: replace(n, axis=-1) if n.axis is None and n.shape else n for name, n in nodes.items()}
+    told = {name for name, n in nodes.items() if n.axis is None and len(n.shape or ()) >= rank}
+    return {name: replace(n, axis=-1) if name in told else n for name, n in nodes.items()}
 
 
 def size_of(node: Node) -> int | str | None:

@@ -400,7 +400,7 @@ class _Finish:
             host=self.model,
         )
         convolutions = {record.final().name for record, _ in self.recorder.axes.convolutions}
-        nodes = last_without_convolutions(self.nodes, convolutions)
+        nodes = last_without_convolutions(self.nodes, convolutions, rank=2)
         return Graph._of(nodes=nodes, outputs=outputs, imported=imported).check()
 
     def name(self, record: Record) -> None:
