@@ -305,6 +305,30 @@ def test_constants_tell_nothing_and_take_nothing_away():
         is_as_by_hand(base, torch.randn(1, 3, 4, 6), at, 8, others=[torch.randn(2, 3, 8, 4)])
 
 
+def squeezed(x):
+    return x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("forward", "modules", "axis"),
+    [
+        (lambda s, x: s.r(x + s.c(s.n(x).relu())), {"n": nn.GroupNorm(2, 6)}, -3),
+        (lambda s, x: s.r(torch.cat([x, s.c(x)], 1)), {}, -3),
+        (lambda s, x: s.r(x * s.c(squeezed(x)).sigmoid()), {}, -3),
+        (lambda s, x: s.r(s.c(x) * s.l(squeezed(x).flatten(1))[:, :, None, None]), {"l": nn.Linear(6, 6)}, -3),
+        (lambda s, x: s.r(s.c(x) + torch.randn(x.shape)), {}, -3),
+        (lambda s, x: s.r(x + s.c(s.n(x).movedim(-1, 1)).movedim(1, -1)), {"n": nn.LayerNorm(6)}, -1),
+        (lambda s, x: s.r(x + s.c(x.movedim(-1, 1)).movedim(1, -1)), {}, -1),
+    ],
+)
+def test_sums_with_what_is_given_are_known_from_its_readers(forward, modules, axis, batch):
+    base = Written(forward, c=nn.Conv2d(6, 6, 3, padding=1), r=nn.ReLU(), **modules).eval()
+    shape = (batch, 6, 5, 4) if axis == -3 else (batch, 5, 4, 6)
+    graph = ag.trace(base, torch.randn(shape))
+    assert (graph["x"].axis, graph["r"].axis) == (axis, axis)
+
+
 # ---------------------------------------------------------------------- several quantiles
 
 

@@ -467,9 +467,9 @@ def _keeps_layout(
     first: Mapping[str, Node], was: Mapping[str, Node], now: Mapping[str, Node], names: Mapping[str, str], host: str
 ) -> bool:
     """Whether a body follows the features of its host to where they are now, or does the same wherever they are."""
-    layouts = {name: replace(node, axis=_elsewhere(was[name], node)) for name, node in now.items()}
-    if host not in was or was[host].axis is None or all(layouts[n].axis == was[n].axis for n in was):
+    if host not in was or was[host].axis is None or all(now[n].axis == was[n].axis for n in was):
         return True
+    layouts = {name: replace(node, axis=_elsewhere(was[name], node)) for name, node in now.items()}
     *_, written = _copied(first, was, layouts, names).values()
     return written.axis == layouts[host].axis
 
