@@ -25,7 +25,7 @@ def axis_of(node: Node) -> int:
 
     Raises:
         ShapeMismatch: neither what made the value nor what reads it tells, and there are convolutions, which have their
-            features elsewhere than the layers of a transformer.
+            features elsewhere than the layers of a transformer; or a model has one number for each row there.
 
     >>> import adaptergraph as ag
     >>> axis_of(ag.conv(ag.input("x", shape=("batch", 3, 8, 8)), 16, kernel_size=3))
@@ -35,7 +35,7 @@ def axis_of(node: Node) -> int:
     """
     rank = len(node.shape or ())
     axis = node.axis if node.axis is not None else _told(node)
-    if axis is None and rank > 2:
+    if axis is None and rank:
         name = node.name or node.op
         raise ShapeMismatch(
             f"it is not known which dimension of {name!r} holds its features",

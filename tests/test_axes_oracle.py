@@ -30,7 +30,7 @@ REFUSED = {
     "swin": {"SwinRelativePositionBias", "masked_fill", "sub", "to", "contiguous", "unsqueeze", "view", "transpose"}
     | {"expand", "reshape", "add"},
     "blip": {*ATTENDING, "to", "where", "contiguous"},
-    "vilt": {*ATTENDING, "ones", "float", "interpolate", "pad", "cat", "flatten", "where", "contiguous"}
+    "vilt": {*ATTENDING, "ones", "float", "interpolate", "pad", "cat", "flatten", "where", "contiguous", "expand"}
     - {"mul", "reshape"},
     "detr": {"ones", "getitem", "float", "interpolate"},
 }
@@ -156,6 +156,7 @@ def step(draw, shape):
         "moves": lambda x: torch.movedim(x, (dim, 0), (0, dim)) if dim % rank else x,
         "reshape": lambda x: x.reshape(view),
         "flatten": lambda x: x.flatten(*sorted((dim % rank, other % rank))),
+        "flatten all but the first": lambda x: x.flatten(1),
         "unflatten": lambda x: x.unflatten(dim, (1, -1)),
         "unsqueeze": lambda x: x.unsqueeze(dim),
         "squeeze": lambda x: x.squeeze(),
@@ -181,6 +182,12 @@ def step(draw, shape):
         "repeat": lambda x: x.repeat(2, *(1,) * rank),
         "relu": lambda x: torch.relu_(x.clone()) + 1,
         "plus its mean": lambda x: x + x.mean(dim, keepdim=True),
+        "plus itself, turned": lambda x: x + x.transpose(dim, other),
+        "plus what is not known": lambda x: x + torch.cdist(x, x)[..., :1].sort(-1)[0] * 0,
+        "plus constants": lambda x: x + torch.zeros(x.shape),
+        "quantiles": lambda x: x.quantile(torch.tensor([0.2, 0.7]), dim),
+        "quantiles, kept": lambda x: torch.quantile(x, torch.tensor([0.2, 0.7]), dim, keepdim=True),
+        "a quantile": lambda x: torch.quantile(x, 0.5, dim),
         "times a column": lambda x: x * torch.ones(shape[-1]),
         "avg_pool1d": lambda x: F.avg_pool1d(x, 1),
         "max_pool2d": lambda x: F.max_pool2d(x, (1, 2)),

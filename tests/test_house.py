@@ -25,6 +25,7 @@ FLOORS = {
     "verbs": 1,
     "shapes": 2,
     "layers": 2,
+    "rules": 2,
     "axes": 2,
     "features": 3,
     "adapter": 3,
@@ -61,6 +62,7 @@ THIRD_PARTY = {
     "torch": {
         "names",
         "splicing",
+        "rules",
         "axes",
         "shapes",
         "loading",

@@ -75,8 +75,8 @@ def reading(node: Node, inputs: Sequence[Node]) -> Node:
     value = spec.parts[node.options["index"]] if node.op == "item" else spec.value
     if node.op != "item" and spec.params != node.params:
         raise ShapeMismatch(f"{node.op} {node.name!r} needs other parameters for what it reads", source=node.source)
-    shape, dtype = (None, None) if value is None else (value.shape, value.dtype)
-    return replace(node, inputs=tuple(inputs), shape=shape, dtype=dtype)
+    shape, dtype, axis = (None, None, None) if value is None else (value.shape, value.dtype, value.axis)
+    return replace(node, inputs=tuple(inputs), shape=shape, dtype=dtype, axis=axis)
 
 
 def activated(activation: Any, x: Node, name: str | None, **options: Any) -> Node:

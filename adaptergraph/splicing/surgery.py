@@ -389,8 +389,11 @@ class _Splicing:
             copies = _copied(first, was, now, names)
             if not _alike(copies[written], host[1]):
                 raise ShapeMismatch(f"the body gives {format_shape(copies[written].shape)} there")
+            if not _keeps_layout(first, was, now, names, read):
+                raise ShapeMismatch("the features are in another dimension there, or it is not known in which")
         except ShapeMismatch as error:
             raise self.unlike(*host, scope, index, error) from error.__cause__
+        copies[written] = replace(copies[written], axis=host[1].axis)
         nodes = [replace(n, inputs=tuple(i.name or "" for i in n.inputs)) for n in copies.values()]
         return nodes, names[written]
 
@@ -463,10 +466,28 @@ def _copied(
     for name, node in first.items():
         before = [first.get(i) or was[i] for i in node.inputs]
         inputs = [copies.get(i) or now[i] for i in node.inputs]
-        same = all(_alike(a, b) for a, b in zip(before, inputs, strict=True))
+        same = all(_alike(a, b) and a.axis == b.axis for a, b in zip(before, inputs, strict=True))
         copy = node if same else reading(node, inputs)
         copies[name] = replace(copy, name=names[name], inputs=tuple(inputs))
     return copies
+
+
+def _keeps_layout(
+    first: Mapping[str, Node], was: Mapping[str, Node], now: Mapping[str, Node], names: Mapping[str, str], host: str
+) -> bool:
+    """Whether a body follows the features of its host to where they are now, or does the same wherever they are."""
+    if host not in was or was[host].axis is None or all(now[n].axis == was[n].axis for n in was):
+        return True
+    layouts = {name: replace(node, axis=_elsewhere(was[name], node)) for name, node in now.items()}
+    *_, written = _copied(first, was, layouts, names).values()
+    return written.axis == layouts[host].axis
+
+
+def _elsewhere(was: Node, now: Node) -> int | None:
+    """The dimension of a value's features; where it is not known, another one than there was."""
+    if now.axis is not None or was.axis is None:
+        return now.axis
+    return next((axis for axis in range(-len(now.shape or ()), 0) if axis != was.axis), was.axis)
 
 
 def _refuse_late(draft: Draft, source: Source | None) -> None:

@@ -72,3 +72,26 @@ def from_example(model: nn.Module, example: Mapping[str, Any], device: Any = Non
         return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
 
     return as_given(inspect.signature(model.forward), {name: made(value) for name, value in example.items()})
+
+
+def described(value: Any) -> str:
+    """An argument on one line, for messages."""
+    if not isinstance(value, Tensor):
+        return _short(value)
+    return f"{_form(value)} {value.dtype} on {value.device}"
+
+
+def _form(value: Tensor) -> Any:
+    return "nested" if value.is_nested else tuple(value.shape)
+
+
+def _short(value: Any) -> str:
+    """A value on one line; of tensors in a list or dict only their shapes."""
+    if isinstance(value, Tensor):
+        return f"<{_form(value)} {value.dtype}>"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_short, value[:4])) + ", …" * (len(value) > 4)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in value.items()) + "}"
+    return " ".join(repr(value).split())[:60]

@@ -32,7 +32,7 @@ from ..hosting.attachment import refuse_hosted
 from ..imported import Aside, Call, Imported, Module
 from ..node import Node, Param
 from ..shapes import quiet, uncollected
-from .arguments import example_of
+from .arguments import described, example_of
 from .calls import Made, Record
 from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
 from .identity import Event, Events, asking, goes_another_way, moves_memory, unlike_itself
@@ -170,7 +170,7 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
     cls = type(model).__name__
     place = [("in", f"{path} ({type(model.get_submodule(path)).__name__})")] if path else []
     given = [(k, v) for k, v in (*enumerate(args), *kwargs.items())]
-    rows = [(f"argument {k}", _describe(v)) for k, v in given]
+    rows = [(f"argument {k}", described(v)) for k, v in given]
     if isinstance(error, _VALUES):
         who, hint = "the model", "load the weights first, or trace a small model of the same class with weights"
         for name, value in given:
@@ -206,28 +206,6 @@ def _failed(model: nn.Module, args: Any, kwargs: Any, error: Exception, path: st
         source=here(),
         hint=hint,
     )
-
-
-def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return _short(value)
-    return f"{_form(value)} {value.dtype} on {value.device}"
-
-
-def _form(value: Tensor) -> Any:
-    return "nested" if value.is_nested else tuple(value.shape)
-
-
-def _short(value: Any) -> str:
-    """A value on one line; of tensors in a list or dict only their shapes."""
-    if isinstance(value, Tensor):
-        return f"<{_form(value)} {value.dtype}>"
-    if isinstance(value, list | tuple):
-        inner = ", ".join(map(_short, value[:4])) + ", …" * (len(value) > 4)
-        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in value.items()) + "}"
-    return " ".join(repr(value).split())[:60]
 
 
 # ---------------------------------------------------------------------- running the model once
@@ -386,6 +364,12 @@ def _alive(refs: list[weakref.ref[Tensor]]) -> list[FakeTensor]:
 # ---------------------------------------------------------------------- from events to a graph
 
 
+def _rank(value: tuple[Record, Any]) -> int:
+    """How many dimensions the value of an event has."""
+    record, key = value
+    return len(record.outs[key][0])
+
+
 class _Finish:
     """Names for the events, edges between the names, and the tables beside them."""
 
@@ -405,7 +389,7 @@ class _Finish:
     def graph(self) -> Graph:
         axes = self.recorder.axes
         axes.settle()
-        self.without = axes.assume_last() if not axes.convolutions else set()
+        self.without = axes.assume_last(_rank) if not axes.convolutions else set()
         own: dict[str, dict[str, Param]] = {}
         params: dict[str, Param] = {}
         tied: dict[str, str] = {}
@@ -471,9 +455,12 @@ class _Finish:
             self.scopes[name] = record.scope
 
     def axis(self, record: Record, key: Any, shape: Sequence[int] | None) -> int | None:
-        """Where a value has its features: without convolutions in the last dimension, unless it has none."""
+        """Where a value has its features: without convolutions in the last dimension, unless it has none.
+
+        A vector has none: the one dimension of a score for each row is the batch.
+        """
         axes = self.recorder.axes
-        last = shape and not axes.convolutions and (record, key) not in self.without
+        last = len(shape or ()) > 1 and not axes.convolutions and (record, key) not in self.without
         return axes.known.get((record, key), -1 if last else None)
 
     def edge(self, record: Record, key: Any) -> str:
