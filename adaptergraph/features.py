@@ -61,8 +61,8 @@ def _told(node: Node) -> int | None:
     found: dict[str, int | None] = vars(graph)["_told"]
     if node.name in found:
         return found[node.name]
-    # of a body that is being added: as the host that it reads
-    axes = {found[i] for i in node.inputs if i in found and graph._nodes[i].shape == node.shape}
+    # of a body that is being added: as the host that it reads, or where all values have theirs
+    axes = {found[i] for i in node.inputs if i in found and graph._nodes[i].shape == node.shape} or set(found.values())
     return axes.pop() if len(axes) == 1 else None
 
 

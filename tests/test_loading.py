@@ -114,31 +114,35 @@ def test_an_import_that_fails_leaves_nothing(lazy):
     assert fakes() <= before
 
 
-def test_two_threads_trace_and_import_at_once(lazy):
-    """The one that began first ends first, and what the other imports then is real all the same."""
-    one_runs, two_runs, one_is_done = (threading.Event() for _ in range(3))
-    model, x, found = Importing(by_statement), torch.randn(2, 4), []
+def test_of_two_threads_one_traces_after_the_other(lazy):
+    """What both change for the time of a trace, of the whole process, is afterwards what it was."""
+    running, begun, ended = threading.Event(), threading.Event(), threading.Event()
+    x, found, compiled = torch.randn(2, 4), [], []
 
-    def waits(h):
-        one_runs.set()
-        assert two_runs.wait(60)
+    def first(h):
+        running.set()
+        # the other would begin its run by now, and end it after this one
+        begun.wait(0.5)
         return h
 
-    def imports_late(h):
-        two_runs.set()
-        assert one_is_done.wait(60)
+    def last(h):
+        begun.set()
+        assert ended.wait(60)
         return by_statement(h)
 
     def second():
-        assert one_runs.wait(60)
-        found.append(ag.trace(Importing(imports_late), x))
+        assert running.wait(60)
+        found.append(ag.trace(Importing(last), x))
 
     thread = threading.Thread(target=second)
     thread.start()
-    ag.trace(Importing(waits), x)
-    one_is_done.set()
+    ag.trace(Importing(first), x)
+    ended.set()
     thread.join()
     assert len(found) == 1
     assert type(sys.modules["lazily.constants"].ONE) is Tensor
-    assert model(x).shape == (2, 4)
+    assert Importing(by_statement)(x).shape == (2, 4)
+    # torch.compile compiles again
+    torch.compile(torch.sin, backend=lambda graph, _: compiled.append(graph) or graph.forward)(x)
+    assert len(compiled) == 1
     assert importlib._bootstrap._load_unlocked is LOAD

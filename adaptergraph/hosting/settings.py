@@ -22,8 +22,8 @@ from .program import MISSING, Setting
 
 _PLAIN = (bool, int, float, complex, str, bytes, range, Enum, torch.dtype, torch.device)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
-# what each module has; its children are looked at by their names
-_OWN = set(vars(nn.Module()))
+# what each module has, or is given for a time; its children are looked at by their names
+_OWN = {*vars(nn.Module()), "forward"}
 # how many objects deep
 _DEPTH = 4
 

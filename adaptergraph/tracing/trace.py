@@ -10,6 +10,7 @@ import gc
 import random
 import re
 import sys
+import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ from .fakes import Faker, Fakes, OtherDtype, clear_caches, copy_over
 from .identity import Event, Events, asking, goes_another_way, moves_memory, unlike_itself
 from .parts import PLAIN, tensors
 from .record import Operations, Recorder
+
+# random states and how torch.compile behaves are of the whole process: each run puts back what it found
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Graph:
@@ -104,10 +108,11 @@ def recorded(model: nn.Module, args: Any, kwargs: Any, make: Callable[..., Recor
         GraphError: the forward fails with these arguments.
     """
     errors: list[_Error] = []
-    for attempt in (_fake, _real):
-        recorder = attempt(model, args, kwargs, errors, make)
-        if recorder is not None:
-            return recorder
+    with _ONE_AT_A_TIME:
+        for attempt in (_fake, _real):
+            recorder = attempt(model, args, kwargs, errors, make)
+            if recorder is not None:
+                return recorder
     error, path = next((e for e in errors if isinstance(e[0], OtherDtype)), errors[-1])
     raise _failed(model, args, kwargs, error, path) from error
 
