@@ -107,10 +107,9 @@ def test_it_goes_on_working_in_one_graph_in_copies_and_in_pickles(llama, operati
         torch.testing.assert_close(compiled(**call).logits, wanted)
 
 
+@pytest.mark.parametrize("llama", [2], ids=["grouped_heads"], indirect=True)
 def test_what_is_there_only_with_a_mask(llama):
     """The keys of grouped heads are repeated only then, so such a body cannot run without."""
-    if llama.config.num_key_value_heads == 4:
-        pytest.skip("no key is repeated")
     model = byhand.randomise(ag.trace(llama, **PADDED).splice(f"{ATTENTION}/reshape_1", BODY).compile())
     assert not torch.equal(model(**PADDED).logits, llama(**PADDED).logits)
     with pytest.raises(
