@@ -1,6 +1,6 @@
 """What hosting costs: models with spliced bodies beside the same models modified by hand.
 
-    python benchmarks/hosting.py [sites] [bert] [llama] [--rounds 30]
+    python benchmarks/hosting.py [sites | bert | llama] [--rounds 30]
 
 Both run in turn in one process and CPU time is taken, so that noise of the machine hits both alike; what counts is the
 ratio, or for small tensors the difference for each site. By hand means: subclasses whose forward has the adapters
@@ -352,12 +352,12 @@ def llama(rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["sites", "bert", "llama"], choices=["sites", "bert", "llama"])
+    parser.add_argument("what", nargs="?", choices=["sites", "bert", "llama"], help="all of them, if none is named")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {platform.machine()}, Python {platform.python_version()}, one thread\n")
-    for what in args.what:
+    for what in [args.what] if args.what else ["sites", "bert", "llama"]:
         {"sites": sites, "bert": bert, "llama": llama}[what](args.rounds)
 
 
