@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import layers
-from .errors import GraphError, ShapeMismatch, here, suggestion
+from .errors import GraphError, ShapeMismatch, check_flag, here, suggestion
 from .features import axis_of, features_back, features_last
 from .graph import Graph
-from .layers.making import check_flag, check_rate, check_size, make, spelt
+from .layers.making import check_rate, check_size, make, spelt
 from .layers.naming import scoped
 from .layers.table import check_activation
 from .names import check_name

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import GraphError, here
+from .errors import GraphError, check_flag, here
 from .graph import Graph
 from .hosting.attachment import keep_values, taken_off_on_error
 from .hosting.sites import attach, check_host
-from .layers.making import check_flag
 from .lower import lower
 from .state import load_values, shared_copy, values_from
 from .tasks import give_tasks, has_switch, only_task, refuse_tasks

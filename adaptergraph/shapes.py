@@ -11,7 +11,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def _probe(
     named = any(not isinstance(d, int) for v in values for d in v.shape)
     follow = Following()
     runs = [_run(make, values, _stand_ins(values, primes[0]), follow)]
-    runs += [_run(make, values, _stand_ins(values, few), Following()) for few in primes[1:] if named]
+    runs += [_run(make, values, _stand_ins(values, few)) for few in primes[1:] if named]
     (first, params), (second, others) = runs[0], runs[-1]
     if params != others:
         raise ValueError("its parameters need a size that is known, not a name or None")
@@ -131,9 +131,13 @@ def _probe(
 
 
 def _run(
-    make: Callable[[Sequence[Value]], Any], values: Sequence[Value], stand_in: Mapping[Any, int], follow: Following
+    make: Callable[[Sequence[Value]], Any],
+    values: Sequence[Value],
+    stand_in: Mapping[Any, int],
+    follow: Following | None = None,
 ) -> tuple[Any, dict[str, Param]]:
     """One run on fake tensors of these sizes: the result and the parameters."""
+    following = follow or nullcontext()
     params: dict[str, Param] = {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with Loading(), quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -141,14 +145,15 @@ def _run(
             sizes = [tuple(stand_in[_dim(d, i)] for i, d in enumerate(v.shape)) for v in values]
             given = [torch.empty(s, dtype=v.dtype) for s, v in zip(sizes, values, strict=True)]
             versions = [t._version for t in given]
-            for tensor, v in zip(given, values, strict=True):
-                follow.starts(tensor, v.axis)
+            if follow is not None:
+                for tensor, v in zip(given, values, strict=True):
+                    follow.starts(tensor, v.axis)
             run = make([Value(s, v.dtype) for s, v in zip(sizes, values, strict=True)])
         if isinstance(run, torch.nn.Module):
             params = {n: Param(tuple(p.shape), p.dtype) for n, p in run.named_parameters()}
-            result = _call_module(run, given, fake, follow)
+            result = _call_module(run, given, fake, following)
         else:
-            with fake, follow:
+            with fake, following:
                 result = run(*given)
     if versions != [t._version for t in given]:
         raise ValueError("it changes in place what it reads, and so for every other reader")
@@ -156,7 +161,7 @@ def _run(
 
 
 def _call_module(
-    module: torch.nn.Module, given: Sequence[torch.Tensor], fake: FakeTensorMode, follow: Following
+    module: torch.nn.Module, given: Sequence[torch.Tensor], fake: FakeTensorMode, following: AbstractContextManager[Any]
 ) -> Any:
     """A call of a copy in eval over stand-ins for its tensors: a user's module is not touched."""
     tensors = (*module.parameters(), *module.buffers())
@@ -164,7 +169,7 @@ def _call_module(
     with fake:
         state = (*twin.named_parameters(), *twin.named_buffers())
         stand_ins = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in state}
-        with follow:
+        with following:
             return functional_call(twin, stand_ins, tuple(given))
 
 

@@ -101,15 +101,18 @@ def written(seed, folder):
     torch.manual_seed(seed)
     model = Block(rng, 2, seed % 3 == 0, [])
     model.rehearse(set())
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    path = folder / "forwards.py"
+    give_forwards([m for m in model.modules() if isinstance(m, Block)], folder / "forwards.py")
+    return model, rng
+
+
+def give_forwards(blocks, path):
+    """Each block gets a class of its own, with the forward that it writes, in a file that can be read."""
     path.write_text("import torch\n\n\n" + "\n\n\n".join(b.text(f"forward{i}") for i, b in enumerate(blocks)) + "\n")
-    spec = importlib.util.spec_from_file_location(f"forwards_{seed}", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for number, block in enumerate(blocks):
-        block.__class__ = type(f"Block{number}", (Block,), {"forward": getattr(module, f"forward{number}")})
-    return model, rng
+        block.__class__ = type(f"Block{number}", (type(block),), {"forward": getattr(module, f"forward{number}")})
 
 
 def evaluated(graph, model, x):

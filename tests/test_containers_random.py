@@ -6,13 +6,12 @@ caller's dict is written into where the model itself writes into it, and nowhere
 
 from __future__ import annotations
 
-import importlib.util
 import random
 
 import pytest
 import torch
 from byhand import randomise
-from test_attributes_random import WIDTH, Weight, evaluated
+from test_attributes_random import WIDTH, Weight, evaluated, give_forwards
 from torch import nn
 
 import adaptergraph as ag
@@ -90,14 +89,7 @@ def written(seed, folder):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = Model(Block(rng, 2), given=seed % 2 == 1)
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    path = folder / "forwards.py"
-    path.write_text("import torch\n\n\n" + "\n\n\n".join(b.text(f"forward{i}") for i, b in enumerate(blocks)) + "\n")
-    spec = importlib.util.spec_from_file_location(f"dicts_{seed}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for number, block in enumerate(blocks):
-        block.__class__ = type(f"Block{number}", (Block,), {"forward": getattr(module, f"forward{number}")})
+    give_forwards([m for m in model.modules() if isinstance(m, Block)], folder / "forwards.py")
     return model, rng
 
 

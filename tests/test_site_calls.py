@@ -3,6 +3,7 @@
 import pytest
 import torch
 from byhand import randomise
+from test_sites import Round
 from torch import nn
 
 import adaptergraph as ag
@@ -190,18 +191,6 @@ def test_an_argument_that_the_body_does_not_read_may_be_missing():
     read = model.turn.adapter.read
     h = base.turn(x, base.once(x)) + read(x)
     torch.testing.assert_close(model(x), base.turn(h) + read(h))
-
-
-class Round(nn.Module):
-    """`turn` is called on what `once` gave, and on what `between` gave."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.once, self.turn, self.between = (nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x):
-        return self.turn(self.between(self.turn(self.once(x))))
 
 
 @pytest.mark.parametrize(

@@ -443,7 +443,7 @@ def test_at_each_call_a_body_reads_the_value_of_that_call_or_of_the_one_it_names
 
 
 class Round(nn.Module):
-    """`turn` is called on what it gave, `once` once before."""
+    """`turn` is called on what `once` gave, and on what `between` gave of that."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """Run by test_many.py: adapted models in two processes, whose gradients must be those of one on the whole batch."""
 
+import contextlib
 import os
 import sys
 
@@ -51,17 +52,24 @@ def compared(rank, how, kind, rows):
         ag.detach(model)
 
 
-def work(rank, directory):
-    """One of the two processes."""
+@contextlib.contextmanager
+def one_of_two(rank, directory):
+    """What runs in one of two processes that know one another."""
     torch.set_num_threads(1)
     store = distributed.FileStore(os.path.join(directory, "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for how in HOWS:
-        for kind in KINDS:
-            compared(rank, how, kind, ids(4, 7))
-            if rank == 0:
-                print(how, kind, flush=True)
+    yield
     distributed.destroy_process_group()
+
+
+def work(rank, directory):
+    """One of the two processes."""
+    with one_of_two(rank, directory):
+        for how in HOWS:
+            for kind in KINDS:
+                compared(rank, how, kind, ids(4, 7))
+                if rank == 0:
+                    print(how, kind, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import byhand
@@ -11,7 +10,8 @@ import torch.multiprocessing as multiprocessing
 from cells import Cell
 from kinds import gradients
 from models import loss
-from torch import distributed, nn
+from torch import nn
+from two_processes import one_of_two
 
 import adaptergraph as ag
 
@@ -98,15 +98,12 @@ def compared(rank, cell, how):
 
 def work(rank, directory):
     """One of the two processes."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(os.path.join(directory, "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    for cell in WHOLE:
-        for how in HOWS:
-            compared(rank, cell, how)
-            if rank == 0:
-                print(how, cell, flush=True)
-    distributed.destroy_process_group()
+    with one_of_two(rank, directory):
+        for cell in WHOLE:
+            for how in HOWS:
+                compared(rank, cell, how)
+                if rank == 0:
+                    print(how, cell, flush=True)
 
 
 if __name__ == "__main__":

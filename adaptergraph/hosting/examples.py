@@ -14,6 +14,7 @@ from ..tracing.arguments import from_example
 from ..tracing.fakes import copy_over, inside
 from ..tracing.record import Recorder
 from ..tracing.trace import recorded
+from .following import is_plain
 from .program import Other
 
 
@@ -69,7 +70,7 @@ def _described(value: Any) -> Any:
         return type(value)(_described(v) for v in value)
     if type(value) is dict:
         return {k: _described(v) for k, v in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
+    if is_plain(value):
         return value
     copied = copy_over(value, _described)
     return Other(type(value).__name__) if inside(copied, Tensor)[0] else Object(copied)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..axes import op_name
 from ..tracing.memory import version
 from ..tracing.parts import tensors
-from .program import Other, Unlowered, branches, kind_of, same
+from .program import Unlowered, branches, kind_of, same
 
 MORE = "_adaptergraph_more"
 _OF_GRADIENTS = ("requires_grad", "grad_fn", "is_leaf")
@@ -280,7 +280,7 @@ def _context() -> tuple[Any, ...]:
 
 def is_object(value: Any) -> bool:
     """Whether this is neither a tensor nor a plain value nor a structure of these."""
-    return not (is_plain(value) or isinstance(value, Tensor | tuple | list | dict | Other) or callable(value))
+    return not (is_plain(value) or isinstance(value, Tensor | tuple | list | dict) or callable(value))
 
 
 def is_plain(value: Any) -> bool:

@@ -60,13 +60,11 @@ def lowered(module: nn.Module, operations: Mapping[str, int], traced: Sequence[s
     values = {n: None if isinstance(v, Other) else v for n, v in values.items()}
     more = {n: None if isinstance(v, Other) else v for n, v in more.items()}
     defaults = {n: p.default for n, p in signature.parameters.items() if n in values}
-    fixed = {n: None if values[n] is None else ... for n in values if n in source.asked}
     refuse_catching(inspect.unwrap(forward), type(module))
-    fixed |= {n: None if values[n] is None else ... for n in source.handed if n in values}
-    known = {n for n in source.kinds if n in values and (values[n] is None or is_object(values[n]))}
-    if set(source.kinds) - known:
+    if any(n not in values or not (values[n] is None or is_object(values[n])) for n in source.kinds):
         raise Unlowered("it asks for the kind of a value: isinstance or the like")
-    fixed |= {n: None if values[n] is None else ... for n in known}
+    looked_at = source.asked.union(source.handed, source.kinds)
+    fixed = {n: None if value is None else ... for n, value in values.items() if n in looked_at}
     parameters = tuple(Parameter(n, defaults[n]) for n in values) + tuple(Parameter(n, None) for n in more)
     positional = tuple(n for n in values if kinds[n] is not inspect.Parameter.KEYWORD_ONLY)
     values |= more

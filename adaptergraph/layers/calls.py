@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from ..errors import GraphError, ShapeMismatch, here
+from ..errors import GraphError, ShapeMismatch, check_flag, here
 from ..names import check_input_name, check_name
 from ..node import Dim, Node, Param, format_shape
 from .initializers import check_initializer
 from .making import (
     activated,
     check_axis,
-    check_flag,
     check_function,
     check_inputs,
     check_rate,

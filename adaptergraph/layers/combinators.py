@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import GraphError, ShapeMismatch, here, suggestion
+from ..errors import GraphError, ShapeMismatch, check_flag, here, suggestion
 from ..node import Node, format_shape
 from ..shapes import Value, infer
-from .making import check_flag, check_inputs, check_size, make, spelt
+from .making import check_inputs, check_size, make, spelt
 from .table import Op, _last, add_rows, runnable
 from .windows import check_sizes, spatial
 from .windows import pad as pad_around

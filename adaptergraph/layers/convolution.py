@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import GraphError, here
+from ..errors import GraphError, check_flag, here
 from ..node import Node
 from ..shapes import Value
-from .making import activated, check_flag, check_size, make, spelt
+from .making import activated, check_size, make, spelt
 from .table import Op, add_rows
 from .windows import Pairs, Sizes, check_padding, check_sizes, each, even, pad, pairs, spatial
 

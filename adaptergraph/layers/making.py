@@ -11,7 +11,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ..errors import GraphError, ShapeMismatch, Source, here, suggestion
-from ..errors import check_flag as check_flag
 from ..names import check_name
 from ..node import Node, check_present, format_shape
 from ..shapes import infer

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import GraphError, here
+from ..errors import GraphError, check_flag, here
 from ..node import Node
-from .making import check_flag, make, spelt
+from .making import make, spelt
 from .table import Op, add_rows
 from .windows import Sizes, check_padding, check_sizes, each, even, pad, pairs, spatial
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, ShapeMismatch, here
+from ..errors import GraphError, ShapeMismatch, check_flag, here
 from ..node import Node, format_shape
 from ..shapes import Value
 from .calls import concatenate
 from .combinators import parts_of, values_of
-from .making import check_flag, check_size, make, spelt
+from .making import check_size, make, spelt
 from .naming import _inside
 from .table import Op, _last, add_rows
 

@@ -16,11 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraphError, StateMismatch, here, nearest, quoted, shortened
+from ..errors import GraphError, StateMismatch, check_flag, here, nearest, quoted, shortened
 from ..graph import Graph
 from ..hosting.attachment import attachment, inside, taken_off_on_error
 from ..hosting.sites import graph_of
-from ..layers.making import check_flag
 from ..names import body_name
 from ..splicing.hosts import hosts_of
 from ..state import load_values, put_back_on_error
